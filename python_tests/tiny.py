@@ -1,0 +1,96 @@
+"""Tiny SPHINX models and folders that tests share: seconds to build, every part of the real architecture."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sphinx_fast import SphinxConfig, SphinxForConditionalGeneration
+from sphinx_fast.weights.accessory import convert
+
+GOLDEN = Path(__file__).parent / "golden"
+
+VISION: dict[str, Any] = {
+    "picture_size": 64,
+    "view_size": 32,
+    "grid_size": 4,
+    "convnext_size": 64,
+    "dinov2_size": 32,
+    "num_query_tokens": 3,
+    "clip_config": {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    },
+    "convnext_config": {"depths": (1, 1, 1, 1), "hidden_sizes": (4, 8, 12, 20), "layer_scale_init": 1.0},
+    "dinov2_config": {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "image_size": 32,
+        "patch_size": 8,
+    },
+    "qformer_vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    },
+    "qformer_config": {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "encoder_hidden_size": 16,
+    },
+}
+TEXT: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def tiny_config(vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None) -> SphinxConfig:
+    """Five views of 32 pixels, four encoders, 22 positions a view; `vision` and `text` override fields."""
+    return SphinxConfig(
+        vision_config={**VISION, **(vision or {})}, text_config={**TEXT, **(text or {})}, image_token_id=400
+    )
+
+
+def tiny_model(config: SphinxConfig | None = None, seed: int = 0) -> SphinxForConditionalGeneration:
+    """A seeded random model in fp32. Weights are wide enough that pictures change the logits."""
+    torch.manual_seed(seed)
+    model = SphinxForConditionalGeneration(config or tiny_config()).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+            elif "bias" in name:
+                parameter.normal_(std=0.05)
+    return model
+
+
+@functools.cache
+def converted(name: str) -> Path:
+    """A golden folder converted once per test process."""
+    target = Path(tempfile.mkdtemp(prefix="sphinx-fast-test-")) / name
+    convert(GOLDEN / name, target, progress=False)
+    return target

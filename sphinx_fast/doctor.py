@@ -1,0 +1,64 @@
+"""`sphinx-fast doctor`: what is installed, what is compiled, which kernels run, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+
+import torch
+
+OPTIONAL = {
+    "peft": "LoRA fine-tuning",
+    "accelerate": "device_map and multi-GPU training",
+    "flash_attn": "flash attention on NVIDIA GPUs",
+    "bitsandbytes": "NF4 quantisation",
+    "torchvision": "the torchvision image backend of other models",
+}
+
+
+def report() -> str:
+    """A few lines of text; never raises because something is missing."""
+    lines = [f"python        {platform.python_version()} on {platform.system()} {platform.machine()}"]
+    for name in ("sphinx-fast", "torch", "transformers", "tokenizers", "safetensors", "pillow", "numpy"):
+        lines.append(f"{name:<13} {_version(name)}")
+    lines += _extension_lines()
+    lines += _device_lines()
+    missing = [f"{name} ({use})" for name, use in OPTIONAL.items() if importlib.util.find_spec(name) is None]
+    if missing:
+        lines.append("not installed " + ", ".join(missing))
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed as a package"
+
+
+def _extension_lines() -> list[str]:
+    from sphinx_fast.ops._extension import build_info
+
+    info = build_info()
+    if not info["compiled"]:
+        return [f"extension     not compiled: {info['reason']}", f"  to do: {info['hint']}"]
+    cuda = "CPU and CUDA " + info["cuda_architectures"] if info["cuda"] else "CPU only"
+    lines = [f"extension     compiled, {cuda} ({info['path']})", f"kernels       views: {info['cpu_isa']}"]
+    if not info["cuda"] and torch.cuda.is_available():
+        lines.append("  to do: a GPU is here but the build has no CUDA half; install nvcc and rebuild: " + info["hint"])
+    return lines
+
+
+def _device_lines() -> list[str]:
+    if not torch.cuda.is_available():
+        reason = "this torch has no CUDA" if torch.version.cuda is None else "torch sees no GPU"
+        return [f"gpu           none ({reason}); everything runs on {torch.get_num_threads()} CPU threads"]
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        lines.append(
+            f"gpu {index}         {properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
+            f"sm_{properties.major}{properties.minor}"
+        )
+    return lines

@@ -1,0 +1,88 @@
+"""The engine: a picture is encoded once, a prompt prefilled once, then one token after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from sphinx_fast.infer.sampling import Sampling
+from sphinx_fast.model.conversation import cut_at_stop, held_back
+from sphinx_fast.model.processor import SphinxProcessor
+from sphinx_fast.model.sphinx import SphinxForConditionalGeneration
+
+_REPLACEMENT = "\ufffd"
+
+
+class Engine:
+    """A model and its processor, ready to answer."""
+
+    def __init__(self, model: SphinxForConditionalGeneration, processor: SphinxProcessor) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        eos = model.generation_config.eos_token_id
+        self.eos_ids = {eos} if isinstance(eos, int) else set(eos or ())
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def context(self) -> int:
+        """Positions the language model was made for, visual ones included."""
+        return self.model.config.text_config.max_position_embeddings
+
+    @torch.inference_mode()
+    def encode(self, image: Any) -> Tensor | None:
+        """A picture -> its visual tokens [V, tokens_per_view, D]; None stays None."""
+        if image is None:
+            return None
+        pixel_values = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        return self.model.model.visual_tokens(pixel_values.to(self.device))
+
+    def prompt_ids(self, prompt: str, visual_tokens: Tensor | None) -> Tensor:
+        """A prompt -> ids [1, T] with the picture's placeholders after BOS. Raises ValueError when nothing fits after."""
+        ids = self.processor.prompt_ids(prompt, pictures=0 if visual_tokens is None else 1)
+        if len(ids) >= self.context:
+            raise ValueError(
+                f"the prompt takes {len(ids)} positions and leaves no room for an answer: the context has {self.context}"
+            )
+        return torch.tensor([ids], device=self.device)
+
+    def tokens(self, input_ids: Tensor, visual_tokens: Tensor | None, sampling: Sampling) -> Iterator[int]:
+        """Token after token of the answer, EOS excluded, until EOS, `max_new_tokens` or the end of the context."""
+        cache = DynamicCache(config=self.model.config.text_config)
+        source = sampling.generator(self.device)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "visual_tokens": visual_tokens}
+        for _ in range(min(sampling.max_new_tokens, self.context - input_ids.shape[1])):
+            with torch.inference_mode():
+                logits = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+                chosen = sampling.choose(logits, source)
+            token = int(chosen)
+            if token in self.eos_ids:
+                return
+            yield token
+            inputs = {"input_ids": chosen.unsqueeze(0)}
+
+    def stream(self, prompt: str, visual_tokens: Tensor | None, sampling: Sampling) -> Iterator[str]:
+        """The answer piece by piece. What may still become a stop text, or half a character, is held back."""
+        tokenizer = self.processor.tokenizer
+        ids: list[int] = []
+        shown = 0
+        text = ""
+        for token in self.tokens(self.prompt_ids(prompt, visual_tokens), visual_tokens, sampling):
+            ids.append(token)
+            text, stopped = cut_at_stop(tokenizer.decode(ids, skip_special_tokens=True), sampling.stop)
+            if stopped:
+                break
+            # The last three bytes may be the start of a character whose end is still to come.
+            broken = min(len(text) - len(text.rstrip(_REPLACEMENT)), 3)
+            ready = len(text) - max(broken, held_back(text, sampling.stop))
+            if ready > shown:
+                yield text[shown:ready]
+                shown = ready
+        if len(text) > shown:
+            yield text[shown:]

@@ -1,0 +1,1 @@
+"""Files <-> weights: `foreign` opens checkpoints of other makers, `accessory` and `encoders` give them our names."""

@@ -1,0 +1,19 @@
+"""What a model folder must hold: the names and shapes that `save_pretrained` writes for a configuration."""
+
+from __future__ import annotations
+
+import torch
+from transformers.core_model_loading import revert_weight_conversion
+
+from sphinx_fast.model.config import SphinxConfig
+from sphinx_fast.model.sphinx import SphinxForConditionalGeneration
+
+
+def on_disk_shapes(config: SphinxConfig) -> dict[str, tuple[int, ...]]:
+    """{name in the safetensors file: shape} of a configuration; no weight is allocated.
+
+    The names of transformers' modules differ between its versions, those in the files do not.
+    """
+    with torch.device("meta"):
+        model = SphinxForConditionalGeneration(config)
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, model.state_dict()).items()}
