@@ -82,10 +82,8 @@ class SphinxModel(SphinxPreTrainedModel):
         return self.language_model
 
     def visual_tokens(self, pixel_values: Tensor) -> Tensor:
-        """Views [B*V, 3, s, s] -> visual tokens [B*V, tokens_per_view, D] in the language model's dtype and device."""
-        tokens = self.fusion(self.vision_tower(pixel_values))
-        weight = self.get_input_embeddings().weight
-        return tokens.to(device=weight.device, dtype=weight.dtype)
+        """Views [B*V, 3, s, s] -> visual tokens [B*V, tokens_per_view, D]."""
+        return self.fusion(self.vision_tower(pixel_values))
 
     def get_image_features(
         self, pixel_values: Tensor, num_image_patches: Tensor | None = None, **kwargs: Any

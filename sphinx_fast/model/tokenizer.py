@@ -134,12 +134,16 @@ def build_tokenizer(path: str | Path) -> Tokenizer:
     steps: list[Any] = [normalizers.Precompiled(spec.charsmap)] if spec.charsmap else []
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(" {2,}", " ")]
+    user_defined = [text for text, _, kind in spec.pieces if kind == _USER_DEFINED]
+    if user_defined:
+        # Such a piece splits the text; only the very first segment may then get the dummy prefix.
+        scheme = "first" if spec.add_dummy_prefix else "never"
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=scheme, split=False)
+    else:
+        steps += [normalizers.Prepend(_SPACE)] if spec.add_dummy_prefix else []
+        steps += [normalizers.Replace(" ", _SPACE)]
     if steps:
         tokenizer.normalizer = normalizers.Sequence(steps)
-    user_defined = [text for text, _, kind in spec.pieces if kind == _USER_DEFINED]
-    # A user-defined piece splits the text; only the very first segment may then get the dummy prefix.
-    scheme = "never" if not spec.add_dummy_prefix else "first" if user_defined else "always"
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=scheme, split=False)
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace(_SPACE, " "),
@@ -201,6 +205,7 @@ class SphinxTokenizer(PreTrainedTokenizerFast):
             return model.decode([i for i in ids if i not in special and i < len(model)])
         parts: list[str] = []
         run: list[int] = []
+        first = True
         for token in [*ids, None]:
             if token is not None and token not in special and token < len(model):
                 run.append(token)
@@ -208,9 +213,9 @@ class SphinxTokenizer(PreTrainedTokenizerFast):
             if run:
                 text = model.decode(run)
                 # decode() drops the dummy prefix of every run; only the first one had it.
-                lost = parts and model.id_to_piece(run[0]).startswith(_SPACE)
+                lost = not first and model.id_to_piece(run[0]).startswith(_SPACE)
                 parts.append(" " + text if lost else text)
-                run = []
+                run, first = [], False
             if token is not None:
                 parts.append(str(self.convert_ids_to_tokens(token)))
         return "".join(parts)
