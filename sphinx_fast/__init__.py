@@ -1,9 +1,10 @@
 """sphinx-fast: SPHINX, the multimodal LLM that mixes weights, tasks and visual embeddings, as a fast, small package.
 
-Importing the package registers the model, its configuration, its image processor and its processor with transformers'
-Auto classes, so that ``AutoModelForImageTextToText.from_pretrained(folder)`` and ``AutoProcessor`` work as for any model.
+Importing the package registers the model, its configuration, its image processor and its processor with
+transformers' Auto classes, so that ``AutoModelForImageTextToText.from_pretrained(folder)`` works as for any model.
 """
 
+from sphinx_fast.infer import Sphinx
 from sphinx_fast.model import (
     SphinxConfig,
     SphinxForConditionalGeneration,
@@ -13,7 +14,6 @@ from sphinx_fast.model import (
     SphinxVisionConfig,
     preset,
 )
-from sphinx_fast.infer import Sphinx
 
 __version__ = "0.1.0"
 

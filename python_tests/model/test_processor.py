@@ -135,7 +135,7 @@ def test_serving_engines_are_told_the_counts(processor: SphinxProcessor) -> None
 
 def test_conversation_refusals_and_stop_text() -> None:
     for turns in ([], [("a", "b")], [("a", None), ("b", None)]):
-        with pytest.raises(ValueError, match="conversation|at least one"):
+        with pytest.raises(ValueError, match=r"conversation|at least one"):
             conversation_prompt(turns)
     assert cut_at_stop("red\n### Human") == ("red", True)
     assert cut_at_stop("red\n##") == ("red\n##", False)

@@ -118,7 +118,12 @@ def test_device_map(model: SphinxForConditionalGeneration, tmp_path: Path) -> No
         torch.testing.assert_close(mapped(**inputs).logits, model(**inputs).logits)
     offloaded = AutoModelForImageTextToText.from_pretrained(
         tmp_path,
-        device_map={"model.vision_tower": "cpu", "model.fusion": "cpu", "model.language_model": "disk", "lm_head": "cpu"},
+        device_map={
+            "model.vision_tower": "cpu",
+            "model.fusion": "cpu",
+            "model.language_model": "disk",
+            "lm_head": "cpu",
+        },
         offload_folder=tmp_path / "offload",
     ).eval()
     torch.testing.assert_close(offloaded(**inputs).logits, model(**inputs).logits)

@@ -1,4 +1,4 @@
-"""The importer of released folders: parity with the reference implementation, and one clear line for every bad folder."""
+"""The importer of released folders: parity with the reference, and one clear line for every bad folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from tiny import GOLDEN, converted
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sphinx_fast import Sphinx
-from sphinx_fast.weights.accessory import convert, rotate_half_layout
+from sphinx_fast.weights.accessory import convert
 from sphinx_fast.weights.foreign import WeightsError
 from sphinx_fast.weights.layout import on_disk_shapes
+from sphinx_fast.weights.released import rotate_half_layout
 
 FOLDERS = ["llama_ens", "llama_ens5"]
 TOLERANCE = 1e-4  # relative, fp32: what the reference tensors ask for
@@ -42,9 +43,7 @@ def golden(request: pytest.FixtureRequest) -> Any:
 def test_golden_tensors_and_greedy_ids(golden: Any) -> None:
     model, processor, expected, cases = golden
     for i, case in enumerate(cases):
-        inputs = processor(
-            images=[Image.open(GOLDEN / case["photo"])], text=[case["prompt"]], return_tensors="pt"
-        )
+        inputs = processor(images=[Image.open(GOLDEN / case["photo"])], text=[case["prompt"]], return_tensors="pt")
         ids = inputs["input_ids"][0]
         assert [t for t in ids.tolist() if t != model.config.image_token_id] == case["input_ids"]
         features = model.model.vision_tower(inputs["pixel_values"])
@@ -162,7 +161,10 @@ def test_rope_layout_gives_the_attention_of_interleaved_pairs(heads: int, kv_hea
 
 def test_dtype_as_stored_and_as_asked(tmp_path: Path) -> None:
     convert(GOLDEN / "llama_ens", tmp_path / "half", dtype=torch.bfloat16, progress=False)
-    halved, stored = load_file(tmp_path / "half" / "model.safetensors"), load_file(converted("llama_ens") / "model.safetensors")
+    halved, stored = (
+        load_file(tmp_path / "half" / "model.safetensors"),
+        load_file(converted("llama_ens") / "model.safetensors"),
+    )
     assert all(tensor.dtype == torch.float32 for tensor in stored.values())
     assert all(torch.equal(halved[name], stored[name].bfloat16()) for name in stored)
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
@@ -204,7 +206,10 @@ def _reshape(key: str) -> Any:
 
 
 BAD_FOLDERS: dict[str, tuple[Any, str]] = {
-    "unknown llm key": (_add("llma.layers.0.attention.wz.weight"), r"\.pth: unknown key llma\.layers\.0\.attention\.wz"),
+    "unknown llm key": (
+        _add("llma.layers.0.attention.wz.weight"),
+        r"\.pth: unknown key llma\.layers\.0\.attention\.wz",
+    ),
     "unknown top key": (_add("llma.bogus"), r"\.pth: unknown key llma\.bogus"),
     "unknown clip key": (_add("llma.clip.visual.bogus"), r"unknown CLIP key visual\.bogus"),
     "unknown convnext key": (_add("llma.openclip_convnext_xxl.bogus"), r"unknown ConvNeXt key bogus"),
@@ -214,12 +219,21 @@ BAD_FOLDERS: dict[str, tuple[Any, str]] = {
     "missing weight": (_drop("llma.layers.1.ffn_norm.weight"), r"layers\.1\.post_attention_layernorm"),
     "missing encoder weight": (_drop("llma.dinov2_vitg14.norm.bias"), r"dinov2\.layernorm\.bias"),
     "no projection": (_drop("llma.visual_proj.0.weight"), r"llma\.visual_proj\.0\.weight is missing"),
-    "wrong shape": (_reshape("llma.layers.0.feed_forward.w1.weight"), r"feed_forward\.w1\.weight has shape \[175, 64\]"),
+    "wrong shape": (
+        _reshape("llma.layers.0.feed_forward.w1.weight"),
+        r"feed_forward\.w1\.weight has shape \[175, 64\]",
+    ),
     "wrong norm": (_reshape("llma.norm.weight"), r"llma\.norm\.weight has shape \[63\], expected \[64\]"),
     "wrong args": (lambda f: edit_json(f, "config.json", n_layers=3), r"nothing in this checkpoint gives .*layers\.2"),
-    "unknown type": (lambda f: edit_json(f, "meta.json", llama_type="mixtral_sparse_ens"), r"'mixtral_sparse_ens' is not"),
+    "unknown type": (
+        lambda f: edit_json(f, "meta.json", llama_type="mixtral_sparse_ens"),
+        r"'mixtral_sparse_ens' is not",
+    ),
     "no meta": (lambda f: (f / "meta.json").unlink(), r"no meta\.json with a llama_type"),
-    "broken json": (lambda f: [(f / "config.json").unlink(), (f / "config.json").write_text("{")], r"config\.json: not JSON"),
+    "broken json": (
+        lambda f: [(f / "config.json").unlink(), (f / "config.json").write_text("{")],
+        r"config\.json: not JSON",
+    ),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), r"tokenizer\.model: no such file"),
     "not a tokenizer": (
         lambda f: [(f / "tokenizer.model").unlink(), (f / "tokenizer.model").write_bytes(b"\x0a\xff\xff")],

@@ -45,11 +45,12 @@ class Engine:
         return self.model.model.visual_tokens(pixel_values.to(self.device))
 
     def prompt_ids(self, prompt: str, visual_tokens: Tensor | None) -> Tensor:
-        """A prompt -> ids [1, T] with the picture's placeholders after BOS. Raises ValueError when nothing fits after."""
+        """A prompt -> ids [1, T], placeholders after BOS. Raises ValueError when no room is left for an answer."""
         ids = self.processor.prompt_ids(prompt, pictures=0 if visual_tokens is None else 1)
         if len(ids) >= self.context:
             raise ValueError(
-                f"the prompt takes {len(ids)} positions and leaves no room for an answer: the context has {self.context}"
+                f"the prompt takes {len(ids)} positions and leaves no room for an answer: "
+                f"the context has {self.context}"
             )
         return torch.tensor([ids], device=self.device)
 

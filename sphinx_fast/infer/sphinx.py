@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoProcessor
 
 from sphinx_fast.infer.chat import Conversation
@@ -126,10 +127,14 @@ class Sphinx:
         if "device_map" not in kwargs and target.type != "cpu":
             kwargs["device_map"] = target
         try:
-            model = SphinxForConditionalGeneration.from_pretrained(name, config=config, dtype=dtype, **kwargs)
+            model, info = SphinxForConditionalGeneration.from_pretrained(
+                name, config=config, dtype=dtype, output_loading_info=True, **kwargs
+            )
             processor = AutoProcessor.from_pretrained(name)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{name}: {str(error).strip().splitlines()[0]}") from error
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"{name}: {len(missing)} weights are missing, the first is {missing[0]}")
         processor.image_processor.picture_size = config.vision_config.picture_size
         return cls(model, processor)
 

@@ -294,38 +294,41 @@ _FULL_ENCODERS: dict[str, Any] = {
 }
 _LIGHT_ENCODERS: dict[str, Any] = {"convnext_config": {}, "dinov2_config": {}}
 
-# sphinx-mini: our own small model. Views of 64 px with an 8 x 8 grid keep five views and four encoders affordable on
-# two cores: (2 tags + 4 queries + 1 + 64) x 5 = 355 positions a picture.
+# sphinx-mini: our own small model. Views of 96 px with a 6 x 6 grid keep five views and four encoders affordable on
+# two cores: (2 tags + 4 queries + 1 + 36) x 5 = 215 positions a picture. ConvNeXt sees the view at twice its size,
+# which gives it the 6 x 6 map itself.
 _MINI_VISION: dict[str, Any] = {
-    "picture_size": 128,
-    "view_size": 64,
-    "grid_size": 8,
-    "convnext_size": 128,
-    "dinov2_size": 64,
+    "picture_size": 192,
+    "view_size": 96,
+    "grid_size": 6,
+    "convnext_size": 192,
+    "dinov2_size": 96,
     "num_query_tokens": 4,
     "clip_config": {
         "hidden_size": 96,
         "intermediate_size": 384,
         "num_hidden_layers": 3,
         "num_attention_heads": 3,
-        "image_size": 64,
-        "patch_size": 8,
+        "image_size": 96,
+        "patch_size": 16,
     },
-    "convnext_config": {"depths": (1, 1, 2, 1), "hidden_sizes": (24, 48, 96, 128), "layer_scale_init": 1.0},
+    "convnext_config": {"depths": (0, 1, 2, 1), "hidden_sizes": (24, 48, 96, 128), "layer_scale_init": 1.0},
     "dinov2_config": {
         "hidden_size": 96,
         "num_hidden_layers": 3,
         "num_attention_heads": 3,
-        "image_size": 64,
-        "patch_size": 8,
+        "image_size": 96,
+        "patch_size": 16,
+        "use_swiglu_ffn": False,
+        "layer_norm_eps": 1e-6,
     },
     "qformer_vision_config": {
         "hidden_size": 64,
         "intermediate_size": 256,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
-        "image_size": 64,
-        "patch_size": 8,
+        "image_size": 96,
+        "patch_size": 16,
     },
     "qformer_config": {
         "hidden_size": 64,
@@ -338,10 +341,10 @@ _MINI_VISION: dict[str, Any] = {
 _MINI_TEXT: dict[str, Any] = {
     **_LLAMA_13B,
     "vocab_size": 768,
-    "hidden_size": 192,
-    "intermediate_size": 512,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 6,
+    "hidden_size": 160,
+    "intermediate_size": 448,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 5,
     "max_position_embeddings": 1024,
 }
 

@@ -129,7 +129,7 @@ def build_tokenizer(path: str | Path) -> Tokenizer:
         )
     else:
         scored = [(text, score) for text, score, _ in spec.pieces]
-        model = models.Unigram(scored, unk_id=vocab.get(unknown or "", None), byte_fallback=spec.byte_fallback)
+        model = models.Unigram(scored, unk_id=vocab.get(unknown or ""), byte_fallback=spec.byte_fallback)
     tokenizer = Tokenizer(model)
     steps: list[Any] = [normalizers.Precompiled(spec.charsmap)] if spec.charsmap else []
     if spec.remove_extra_whitespaces:

@@ -1,4 +1,4 @@
-"""ConvNeXt: the convolutional one of the four encoders. Parameter names are timm's, so its state dicts load unchanged."""
+"""ConvNeXt: the convolutional encoder. Parameter names are timm's, so its state dicts load unchanged."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The tower: all views of all pictures through four encoders, one batch each.
 
-`pixel_values` [B*V, 3, s, s] is CLIP-normalised and picture-major, global view first, crops row-major. What each encoder
-is fed follows the released code to the rounding (through fp16 where it went through fp16).
+`pixel_values` [B*V, 3, s, s] is CLIP-normalised and picture-major, global view first, crops row-major. What each
+encoder is fed follows the released code to the rounding (through fp16 where it went through fp16).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class VisionTower(PreTrainedModel):
         return VisionFeatures(torch.cat(patches, dim=-1), queries)
 
     def _convnext_pixels(self, pixel_values: Tensor) -> Tensor:
-        """224 px views: nearest to 256 of the fp16 tensor. Light variants: the view, a sole one rounded through fp16."""
+        """224 px views: nearest to 256 of the fp16 tensor. Light variants: the view; a sole one through fp16."""
         size = self.config.convnext_size
         if size != self.config.view_size:
             return F.interpolate(pixel_values.half(), size=(size, size)).to(self.dtype)

@@ -1,7 +1,7 @@
 """Names of the encoders' weights, as their makers write them -> as `save_pretrained` of our model writes them.
 
-Each function takes a mapping of one encoder's tensors and yields (our name, tensor), without a prefix. On-disk names are
-used, never a module's: transformers renames modules between versions and converts when it loads.
+Each function takes a mapping of one encoder's tensors and yields (our name, tensor), without a prefix. On-disk names
+are used, never a module's: transformers renames modules between versions and converts when it loads.
 """
 
 from __future__ import annotations
