@@ -4,7 +4,7 @@ Importing the package registers the model, its configuration, its image processo
 transformers' Auto classes, so that ``AutoModelForImageTextToText.from_pretrained(folder)`` works as for any model.
 """
 
-from sphinx_fast.infer import Sphinx
+from sphinx_fast.infer import EMBEDDED_MODEL, Sphinx
 from sphinx_fast.model import (
     SphinxConfig,
     SphinxForConditionalGeneration,
@@ -18,6 +18,7 @@ from sphinx_fast.model import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMBEDDED_MODEL",
     "Sphinx",
     "SphinxConfig",
     "SphinxForConditionalGeneration",

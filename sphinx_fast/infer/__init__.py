@@ -2,6 +2,6 @@
 
 from sphinx_fast.infer.chat import Conversation
 from sphinx_fast.infer.sampling import Sampling
-from sphinx_fast.infer.sphinx import Sphinx
+from sphinx_fast.infer.sphinx import EMBEDDED_MODEL, Sphinx
 
-__all__ = ["Conversation", "Sampling", "Sphinx"]
+__all__ = ["EMBEDDED_MODEL", "Conversation", "Sampling", "Sphinx"]

@@ -7,8 +7,6 @@ shard by shard, so memory stays at one output shard; the folder appears under it
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -19,6 +17,7 @@ from transformers import GenerationConfig
 from sphinx_fast.model.config import SphinxConfig
 from sphinx_fast.model.processor import SphinxProcessor
 from sphinx_fast.model.tokenizer import SphinxTokenizer
+from sphinx_fast.weights.files import new_folder
 from sphinx_fast.weights.foreign import WeightsError
 from sphinx_fast.weights.layout import on_disk_shapes
 from sphinx_fast.weights.released import PREFIX, ReleasedFolder, Weight
@@ -89,16 +88,11 @@ def convert(
         config.dtype = config.text_config.dtype = dtype
     weights = _checked(released, config)
 
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(target) as partial:
         _write_weights(weights, partial, dtype, progress)
         config.save_pretrained(partial)
         SphinxProcessor.from_config(config, tokenizer).save_pretrained(partial)
         GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0).save_pretrained(partial)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return config
 
 

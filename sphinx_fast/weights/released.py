@@ -266,7 +266,7 @@ def corrected_qformer(qformer: dict[str, Any]) -> dict[str, Any]:
 
 
 def rotate_half_layout(weight: Tensor, heads: int) -> Tensor:
-    """wq or wk [H * head_dim, D]: rows from RoPE's interleaved pairs (2i, 2i+1) to rotate-half's (i, i + head_dim/2)."""
+    """wq or wk [H * head_dim, D]: rows from RoPE's pairs (2i, 2i+1) to rotate-half's (i, i + head_dim/2)."""
     rows, dim = weight.shape
     return weight.view(heads, rows // heads // 2, 2, dim).transpose(1, 2).reshape(rows, dim)
 
