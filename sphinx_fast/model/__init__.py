@@ -1,7 +1,10 @@
 """Visual tokens and text -> logits, in the shape of a transformers model; registered with the Auto classes here."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers import AutoTokenizer as _AutoTokenizer
+
+# The oldest transformers of our window offer this class at their top level only beside torchvision; it needs only PIL.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from sphinx_fast.model.config import PRESETS, ConvNextConfig, SphinxConfig, SphinxVisionConfig, preset
 from sphinx_fast.model.image_processor import SphinxImageProcessor, SphinxImageProcessorReference
