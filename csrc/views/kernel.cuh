@@ -1,0 +1,130 @@
+// The room views on the GPU: plain and correct, one element a thread (four in the cut). Compiled without contraction.
+#pragma once
+
+#include "common/launch.cuh"
+#include "common/vec.cuh"
+#include "views/args.h"
+#include "views/math.h"
+
+namespace sphinx::views {
+
+// windows [out], weights [out, max_taps]: one thread per output pixel of the axis.
+__global__ void taps_kernel(Filter filter, int out, Window* windows, int32_t* weights) {
+  SPHINX_FOR_EACH(x, out) {
+    windows[x] = window_of(filter, x);
+    window_weights(filter, x, windows[x], weights + x * filter.max_taps);
+  }
+}
+
+// Rows of the picture, and one of padding after them -> rows [height + 1, out, 3]: one thread per pixel.
+__global__ void horizontal_kernel(Picture picture, int max_taps, int out, const Window* windows, const int32_t* weights,
+                                  uint8_t* rows) {
+  const int64_t side = picture.height > picture.width ? picture.height : picture.width;
+  const int64_t left = pad_before(side, picture.width);
+  SPHINX_FOR_EACH(index, (picture.height + 1) * out) {
+    const int64_t y = index / out, x = index % out;
+    const Window window = windows[x];
+    int32_t sums[3] = {kRoundHalf, kRoundHalf, kRoundHalf};
+    for (int i = 0; i < window.count; ++i) {
+      const int64_t source = window.first + i - left;
+      const bool inside = y < picture.height && source >= 0 && source < picture.width;
+      const uint8_t* pixel = picture.data + y * picture.stride_h + source * picture.stride_w;
+      const int32_t weight = weights[x * max_taps + i];
+#pragma unroll
+      for (int c = 0; c < 3; ++c) sums[c] += (inside ? pixel[c * picture.stride_c] : pad_colour(c)) * weight;
+    }
+#pragma unroll
+    for (int c = 0; c < 3; ++c) rows[index * 3 + c] = clip8(sums[c]);
+  }
+}
+
+// rows -> canvas [out, out, 3]: one thread per byte.
+__global__ void vertical_kernel(int64_t height, int64_t top, int max_taps, int out, const Window* windows,
+                                const int32_t* weights, const uint8_t* rows, uint8_t* canvas) {
+  const int64_t row_bytes = static_cast<int64_t>(out) * 3;
+  SPHINX_FOR_EACH(index, out * row_bytes) {
+    const int64_t y = index / row_bytes, x = index % row_bytes;
+    const Window window = windows[y];
+    int32_t sum = kRoundHalf;
+    for (int i = 0; i < window.count; ++i) {
+      const int64_t source = window.first + i - top;
+      const bool inside = source >= 0 && source < height;
+      sum += rows[(inside ? source : height) * row_bytes + x] * weights[y * max_taps + i];
+    }
+    canvas[index] = clip8(sum);
+  }
+}
+
+// u8 -> normalised, and normalised rounded to fp16 (what the global view reads); filled by each block for itself.
+struct Tables {
+  float exact[3][256], half[3][256];
+};
+
+__device__ __forceinline__ void fill(Tables& tables) {
+  for (int i = threadIdx.x; i < 3 * 256; i += blockDim.x) {
+    const float value = normalise(i % 256, i / 256);
+    tables.exact[i / 256][i % 256] = value;
+    tables.half[i / 256][i % 256] = rounded<Half>(value);
+  }
+  __syncthreads();
+}
+
+// Element (y, x) of the global view of one channel; `canvas` points at the channel of the first pixel.
+__device__ __forceinline__ float global_pixel(const uint8_t* canvas, const float* table, int size, int ratio, int y,
+                                              int x) {
+  const int64_t row_bytes = static_cast<int64_t>(size) * 3;
+  if (ratio % 2) return table[canvas[(y * ratio + ratio / 2) * row_bytes + (x * ratio + ratio / 2) * 3]];
+  const int y0 = tap_start(y, ratio), x0 = tap_start(x, ratio);
+  float taps[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const uint8_t* row = canvas + clamp_index(y0 + j, size) * row_bytes;
+    float pixels[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pixels[i] = table[row[clamp_index(x0 + i, size) * 3]];
+    taps[j] = four_taps(pixels[0], pixels[1], pixels[2], pixels[3]);
+  }
+  return rounded<Half>(four_taps(taps[0], taps[1], taps[2], taps[3]));
+}
+
+constexpr int kVec = 4;
+
+// canvas -> clip and dinov2 [V, 3, side, side]: four neighbours in a row a thread.
+template <class T>
+__global__ void cut_kernel(const uint8_t* canvas, Outputs out) {
+  __shared__ Tables tables;
+  fill(tables);
+  const int size = out.picture_size, side = out.view_size, ratio = size / side, groups = (side + kVec - 1) / kVec;
+  SPHINX_FOR_EACH(index, static_cast<int64_t>(num_views(size, side)) * 3 * side * groups) {
+    const int64_t line = index / groups;
+    const int x0 = static_cast<int>(index % groups) * kVec, y = static_cast<int>(line % side);
+    const int c = static_cast<int>(line / side % 3), v = static_cast<int>(line / side / 3);
+    const int count = side - x0 < kVec ? side - x0 : kVec;
+    const Corner corner = crop_corner(v, ratio, side);
+    Vec<T, kVec> clip{}, dinov2{};
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      if (i >= count) continue;
+      const int64_t pixel = static_cast<int64_t>(corner.y + y) * size + corner.x + x0 + i;
+      const bool global = v == 0 && ratio > 1;
+      clip.value[i] = from_float<T>(global ? global_pixel(canvas + c, tables.half[c], size, ratio, y, x0 + i)
+                                           : tables.exact[c][canvas[pixel * 3 + c]]);
+      dinov2.value[i] = dinov2_of(clip.value[i], c);
+    }
+    store(static_cast<T*>(out.clip) + line * side + x0, clip, count);
+    if (out.dinov2) store(static_cast<T*>(out.dinov2) + line * side + x0, dinov2, count);
+  }
+}
+
+// clip -> convnext [V, 3, target, target] by nearest pixels, through fp16.
+template <class T>
+__global__ void nearest_kernel(const T* clip, T* convnext, int64_t planes, int side, int target) {
+  SPHINX_FOR_EACH(index, planes * target * target) {
+    const int x = nearest_index(static_cast<int>(index % target), side, target);
+    const int y = nearest_index(static_cast<int>(index / target % target), side, target);
+    const int64_t plane = index / target / target;
+    convnext[index] = from_float<T>(rounded<Half>(to_float(clip[(plane * side + y) * side + x])));
+  }
+}
+
+}  // namespace sphinx::views

@@ -1,0 +1,172 @@
+// The arithmetic of the room views, shared by host and device. Every rounding here is deliberate: compile without
+// contracting a * b + c (CMakeLists.txt does).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/float16.h"
+
+namespace sphinx::views {
+
+// --- Pillow's bicubic (a = -0.5, antialiased) in 22-bit fixed point -------------------------------------------------
+// Source: the behaviour of PIL.Image.resize(size, BICUBIC) for 8-bit pictures.
+constexpr int kWeightBits = 22;
+
+SPHINX_HD double bicubic(double x) {
+  const double a = -0.5;
+  x = x < 0 ? -x : x;
+  if (x < 1) return ((a + 2) * x - (a + 3)) * x * x + 1;
+  if (x < 2) return (((x - 5) * x + 8) * x - 4) * a;
+  return 0;
+}
+
+struct Filter {
+  int64_t in;      // extent before
+  double scale;    // in / out
+  double support;  // half-width of the window, in input pixels
+  double stretch;  // 1 / max(scale, 1)
+  int max_taps;
+};
+
+SPHINX_HD Filter make_filter(int64_t in, int64_t out) {
+  Filter filter;
+  filter.in = in;
+  filter.scale = static_cast<double>(in) / static_cast<double>(out);
+  const double filter_scale = filter.scale < 1 ? 1 : filter.scale;
+  filter.support = 2 * filter_scale;
+  filter.stretch = 1 / filter_scale;
+  filter.max_taps = static_cast<int>(ceil(filter.support)) * 2 + 1;
+  return filter;
+}
+
+// The input pixels [first, first + count) that output pixel `x` reads.
+struct Window {
+  int32_t first, count;
+};
+
+SPHINX_HD double window_center(const Filter& filter, int64_t x) {
+  return (static_cast<double>(x) + 0.5) * filter.scale;
+}
+
+SPHINX_HD Window window_of(const Filter& filter, int64_t x) {
+  const double center = window_center(filter, x);
+  int64_t first = static_cast<int64_t>(center - filter.support + 0.5);
+  int64_t end = static_cast<int64_t>(center + filter.support + 0.5);
+  first = first < 0 ? 0 : first;
+  end = end > filter.in ? filter.in : end;
+  return {static_cast<int32_t>(first), static_cast<int32_t>(end - first)};
+}
+
+// Fixed-point weights of output pixel x, `window.count` of them. The double weights are computed twice, not stored.
+SPHINX_HD void window_weights(const Filter& filter, int64_t x, Window window, int32_t* weights) {
+  const double center = window_center(filter, x);
+  double sum = 0;
+  for (int i = 0; i < window.count; ++i) sum += bicubic((i + window.first - center + 0.5) * filter.stretch);
+  for (int i = 0; i < window.count; ++i) {
+    double weight = bicubic((i + window.first - center + 0.5) * filter.stretch);
+    if (sum != 0) weight /= sum;
+    weights[i] = static_cast<int32_t>(weight * (1 << kWeightBits) + (weight < 0 ? -0.5 : 0.5));
+  }
+}
+
+constexpr int32_t kRoundHalf = 1 << (kWeightBits - 1);  // what an accumulator starts from
+
+SPHINX_HD uint8_t clip8(int32_t accumulator) {
+  const int32_t value = accumulator >> kWeightBits;
+  return static_cast<uint8_t>(value < 0 ? 0 : value > 255 ? 255 : value);
+}
+
+// --- the padded square ----------------------------------------------------------------------------------------------
+SPHINX_HD uint8_t pad_colour(int c) {
+  return static_cast<uint8_t>(c == 0 ? 122 : c == 1 ? 116 : 104);
+}
+
+// Rows above (or columns left of) the picture in the square.
+SPHINX_HD int64_t pad_before(int64_t side, int64_t extent) {
+  return (side - extent) / 2;
+}
+
+// --- normalisation --------------------------------------------------------------------------------------------------
+SPHINX_HD float clip_mean(int c) {
+  return c == 0 ? 0.48145466f : c == 1 ? 0.4578275f : 0.40821073f;
+}
+SPHINX_HD float clip_std(int c) {
+  return c == 0 ? 0.26862954f : c == 1 ? 0.26130258f : 0.27577711f;
+}
+SPHINX_HD float dinov2_mean(int c) {
+  return c == 0 ? 0.485f : c == 1 ? 0.456f : 0.406f;
+}
+SPHINX_HD float dinov2_std(int c) {
+  return c == 0 ? 0.229f : c == 1 ? 0.224f : 0.225f;
+}
+
+// (u8 / 255 - mean) / std, each operation rounded to fp32, as ToTensor and Normalize do.
+SPHINX_HD float normalise(int value, int c) {
+  return (static_cast<float>(value) / 255.0f - clip_mean(c)) / clip_std(c);
+}
+
+// CLIP-normalised -> DINOv2-normalised: (x * clip_std + clip_mean - mean) / std, constants and results rounded to T.
+template <class T>
+SPHINX_HD T dinov2_of(T x, int c) {
+  float y = rounded<T>(to_float(x) * rounded<T>(clip_std(c)));
+  y = rounded<T>(y + rounded<T>(clip_mean(c)));
+  y = rounded<T>(y - rounded<T>(dinov2_mean(c)));
+  return from_float<T>(y / rounded<T>(dinov2_std(c)));
+}
+
+// --- the global view: bicubic (a = -0.75), not antialiased, of the fp16 picture
+// ----------------------------------------- For a whole ratio r the sampling point falls on pixel r*i + r/2 when r is
+// odd, and midway between r*i + r/2 - 1 and the next when r is even: the taps are then [-3, 19, 19, -3] / 32 on four
+// pixels, clamped to the picture.
+
+// a * b + c, rounded once. Exact in double for the magnitudes here: fp16 values times multiples of 1/32, twice.
+SPHINX_HD float fused(float a, float b, float c) {
+#ifdef __CUDA_ARCH__
+  return fmaf(a, b, c);
+#else
+  return static_cast<float>(static_cast<double>(a) * b + c);
+#endif
+}
+
+// The order of torch's CPU kernel, so that results are equal bit for bit.
+SPHINX_HD float four_taps(float p0, float p1, float p2, float p3) {
+  const float outer = -3.0f / 32, inner = 19.0f / 32;
+  return fused(p3, outer, fused(p2, inner, fused(p0, outer, p1 * inner)));
+}
+
+// First of the four pixels for output i of an even ratio; may be -1, and +3 may be the extent: clamp each.
+SPHINX_HD int tap_start(int i, int ratio) {
+  return i * ratio + ratio / 2 - 2;
+}
+
+SPHINX_HD int clamp_index(int i, int extent) {
+  return i < 0 ? 0 : i >= extent ? extent - 1 : i;
+}
+
+// --- nearest resize, as torch's interpolate(mode="nearest")
+// ------------------------------------------------------------
+SPHINX_HD int nearest_index(int i, int in, int out) {
+  const float scale = static_cast<float>(in) / static_cast<float>(out);
+  const int source = static_cast<int>(floorf(static_cast<float>(i) * scale));
+  return source < in - 1 ? source : in - 1;
+}
+
+// --- views
+// ------------------------------------------------------------------------------------------------------------
+SPHINX_HD int num_views(int picture_size, int view_size) {
+  const int ratio = picture_size / view_size;
+  return ratio == 1 ? 1 : 1 + ratio * ratio;
+}
+
+// Top left corner in the canvas of view v >= 1, row-major; of the only view when the ratio is 1.
+struct Corner {
+  int y, x;
+};
+
+SPHINX_HD Corner crop_corner(int v, int ratio, int view_size) {
+  if (ratio == 1) return {0, 0};
+  return {(v - 1) / ratio * view_size, (v - 1) % ratio * view_size};
+}
+
+}  // namespace sphinx::views

@@ -1,0 +1,69 @@
+"""Picture -> views in plain Pillow and torch: the oracle of the room `views`, and the "reference" image processor.
+
+Source: the released SPHINX preprocessing (`padded_resize`) and its encoding of 1, 5 or 10 views.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+PAD_COLOUR = (122, 116, 104)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+DINOV2_MEAN = (0.485, 0.456, 0.406)
+DINOV2_STD = (0.229, 0.224, 0.225)
+
+
+def view_ratio(picture_size: int, view_size: int) -> int:
+    """How many crops lie side by side in the picture. ValueError where they do not tile it."""
+    if view_size < 1 or picture_size < 1 or picture_size % view_size:
+        raise ValueError(f"picture_size: expected a multiple of view_size {view_size}, got {picture_size}")
+    return picture_size // view_size
+
+
+def num_views(picture_size: int, view_size: int) -> int:
+    """1, or the global view and ratio^2 crops: 1 + 4 at ratio 2, 1 + 9 at ratio 3."""
+    ratio = view_ratio(picture_size, view_size)
+    return 1 if ratio == 1 else 1 + ratio * ratio
+
+
+def pad_offsets(width: int, height: int) -> tuple[int, int, int]:
+    """(side, left, top): where a picture lies in its padded square, in pixels of the picture."""
+    side = max(width, height)
+    return side, (side - width) // 2, (side - height) // 2
+
+
+def reference_canvas(picture: Image.Image | np.ndarray, picture_size: int) -> Image.Image:
+    """RGB picture, PIL or uint8 [h, w, 3] -> padded to a square with PAD_COLOUR, resized by Pillow's bicubic."""
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    image = image.convert("RGB")
+    side, left, top = pad_offsets(*image.size)
+    square = Image.new("RGB", (side, side), PAD_COLOUR)
+    square.paste(image, (left, top))
+    return square.resize((picture_size, picture_size), Image.Resampling.BICUBIC)
+
+
+def normalise(canvas: Image.Image) -> Tensor:
+    """RGB [S, S] -> fp32 [3, S, S], (u8 / 255 - CLIP mean) / CLIP std."""
+    pixels = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return pixels.div(255).sub(mean).div(std)
+
+
+def reference_views(picture: Image.Image | np.ndarray, picture_size: int, view_size: int) -> Tensor:
+    """RGB picture -> fp32 [V, 3, view_size, view_size]: the global view first, then the crops, row-major.
+
+    The global view is the bicubic interpolation, not antialiased, of the fp16 picture; the crops are cut from the
+    normalised fp32 picture.
+    """
+    ratio = view_ratio(picture_size, view_size)
+    pixels = normalise(reference_canvas(picture, picture_size))
+    if ratio == 1:
+        return pixels[None]
+    overview = F.interpolate(pixels[None].half(), (view_size, view_size), mode="bicubic").float()
+    crops = pixels.view(3, ratio, view_size, ratio, view_size).permute(1, 3, 0, 2, 4)
+    return torch.cat([overview, crops.reshape(-1, 3, view_size, view_size)])
