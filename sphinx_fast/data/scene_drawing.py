@@ -121,17 +121,19 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 _INK_ONLY = [0 if v < INK_FLOOR else v for v in range(256)]
+_ANY_INK = [0] + [255] * 255
 
 
 @lru_cache(maxsize=2048)
-def text_mask(text: str, height: int) -> Image.Image:
-    """Mask of a printed word whose ink is about `height` pixels tall (exact to a pixel or two), cropped to the ink."""
+def text_mask(text: str, height: int) -> tuple[Image.Image, Image.Image]:
+    """Mask of a printed word whose ink is about `height` pixels tall, cropped to the ink: as drawn, and 0 or 255."""
     probe = _font(64).getbbox(text)
     font = _font(max(6, round(64 * height / (probe[3] - probe[1]))))
     left, top, right, bottom = font.getbbox(text)
     mask = Image.new("L", (math.ceil(right - left) + 4, math.ceil(bottom - top) + 4))
     ImageDraw.Draw(mask).text((2 - left, 2 - top), text, fill=255, font=font)
-    return _crop(mask.point(_INK_ONLY))[0]
+    grey = _crop(mask.point(_INK_ONLY))[0]
+    return grey, grey.point(_ANY_INK)
 
 
 def pose(rng: Random) -> dict[str, Point]:
@@ -219,8 +221,8 @@ def defect_mask(kind: str, width: float, height: float, rng: Random) -> tuple[Im
 
 
 def _light(rng: Random) -> np.ndarray:
-    """A pale colour, [3] float32, away from every colour of a shape."""
-    base, tint = rng.uniform(178, 244), 10.0
+    """A pale colour, [3] float32 within 168..244, away from every colour of a shape."""
+    base, tint = rng.uniform(178, 234), 10.0
     return np.array([base + rng.uniform(-tint, tint) for _ in range(3)], np.float32)
 
 
@@ -232,28 +234,27 @@ def background(kind: str, width: int, height: int, scale: int, rng: Random) -> I
     )
     noise = np.random.default_rng(rng.getrandbits(64))
     if kind == "plain":
-        return Image.new("RGB", (width, height), tuple(int(v) for v in np.clip(_light(rng), 0, 255)))
+        return Image.new("RGB", (width, height), tuple(int(v) for v in _light(rng)))
     if kind == "gradient":
         a, b = _light(rng), _light(rng)
         ramp = np.stack([np.stack([a, (a + b) / 2]), np.stack([(a + b) / 2, b])])
-        small = Image.fromarray(np.clip(ramp, 0, 255).astype(np.uint8))
+        small = Image.fromarray(ramp.astype(np.uint8))
         return small.resize((width, height), Image.Resampling.BILINEAR)
     if kind == "noise":
-        grain = noise.integers(-16, 17, (h, w, 1), np.int16)
-        pixels = _light(rng).astype(np.int16) + grain
+        pixels = (_light(rng) + 11).astype(np.uint8) - noise.integers(0, 33, (h, w, 1), np.uint8)
     elif kind == "stripes":
         period, turned = rng.randint(8, 24), rng.random() < 0.5
-        line = 10 * ((np.arange(w if turned else h) // period) % 2).astype(np.int16)
-        pixels = _light(rng).astype(np.int16) - (line[None, :, None] if turned else line[:, None, None])
+        line = (10 * ((np.arange(w if turned else h) // period) % 2)).astype(np.uint8)
+        pixels = _light(rng).astype(np.uint8) - (line[None, :, None] if turned else line[:, None, None])
         pixels = np.broadcast_to(pixels, (h, w, 3))
     else:
         pixels = _texture(kind, w, h, noise, rng)
-    picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    picture = Image.fromarray(pixels)
     return picture if scale == 1 else picture.resize((width, height), Image.Resampling.NEAREST)
 
 
 def _texture(kind: str, w: int, h: int, noise: np.random.Generator, rng: Random) -> np.ndarray:
-    """int16 [h, w, 3]: brushed metal, wood grain, woven fabric or stone, in mid tones."""
+    """uint8 [h, w, 3]: brushed metal, wood grain, woven fabric or stone, in mid tones."""
     base = rng.uniform(130, 170)
     tint: tuple[float, ...]
     if kind == "metal":
@@ -273,4 +274,4 @@ def _texture(kind: str, w: int, h: int, noise: np.random.Generator, rng: Random)
         coarse = noise.integers(-18, 19, (h // 6 + 2, w // 6 + 2), np.int16)
         grain = np.repeat(np.repeat(coarse, 6, 0), 6, 1)[:h, :w, None]
         tint = (base, base - 2, base - 6)
-    return np.array(tint, np.int16) + grain
+    return (np.array(tint, np.int16) + grain).astype(np.uint8)  # 20..230: no overflow

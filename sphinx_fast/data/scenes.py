@@ -106,12 +106,12 @@ class Scene:
         """Objects, texts, people and the defect, in this order."""
         return (*self.objects, *self.texts, *self.people, *((self.defect,) if self.defect else ()))
 
-    @property
+    @cached_property
     def side(self) -> int:
         """Pixels of a side of the padded square."""
         return max(self.picture.shape[:2])
 
-    @property
+    @cached_property
     def offset(self) -> tuple[int, int]:
         """Where the picture's (0, 0) lies in the padded square, (x, y) pixels."""
         h, w = self.picture.shape[:2]
@@ -153,17 +153,19 @@ class _Canvas:
                 return x, y
         return None
 
-    def paste(self, mask: Image.Image, x: float, y: float, ink: tuple[int, int, int]) -> PixelBox:
-        """Draw a mask at x, y (pixels of the enlarged picture); returns its box. Ids follow the order of drawing."""
+    def paste(
+        self, mask: Image.Image, x: float, y: float, ink: tuple[int, int, int], hard: Image.Image | None = None
+    ) -> PixelBox:
+        """Draw a mask at x, y (pixels of the enlarged picture); returns its box. Ids follow the order of drawing.
+
+        `hard` is the mask with 0 and 255 only, where `mask` has grey edges.
+        """
         left, top = int(x), int(y)
         box = (left, top, left + mask.width, top + mask.height)
         self.drawn += 1
         self.picture.paste(ink, box, mask)
-        self.ids.paste(self.drawn, box, mask.point(_ANY_INK))
+        self.ids.paste(self.drawn, box, hard or mask)
         return box
-
-
-_ANY_INK = [0] + [255] * 255
 
 
 def _colour(name: str, rng: Random) -> tuple[int, int, int]:
@@ -214,11 +216,11 @@ def _draw_texts(canvas: _Canvas, n: int, rng: Random) -> list[SceneText]:
         height, capitals, ink = rng.uniform(0.11, 0.19) * longer, rng.random() < 0.5, rng.choice(drawing.INKS)
         shown = text.upper() if capitals else text
         for tall in (height, 0.11 * longer):
-            cell = drawing.text_mask(shown, round(tall))  # at scale 1, so that the layout does not depend on the scale
+            cell, _ = drawing.text_mask(shown, round(tall))  # at scale 1: the layout does not depend on the scale
             place = canvas.place(cell.width, cell.height)
             if place:
-                mask = cell if scale == 1 else drawing.text_mask(shown, round(tall * scale))
-                texts.append(SceneText(text, canvas.paste(mask, place[0] * scale, place[1] * scale, ink)))
+                mask, hard = drawing.text_mask(shown, round(tall * scale))
+                texts.append(SceneText(text, canvas.paste(mask, place[0] * scale, place[1] * scale, ink, hard)))
                 break
     return texts
 
