@@ -42,18 +42,20 @@ def _extension_lines() -> list[str]:
 
     info = build_info()
     if not info["compiled"]:
-        return [f"extension     not compiled: {info['reason']}", f"  to do: {info['hint']}"]
-    cuda = "CPU and CUDA " + info["cuda_architectures"] if info["cuda"] else "CPU only"
-    lines = [f"extension     compiled, {cuda} ({info['path']})", f"kernels       views: {info['cpu_isa']}"]
-    if not info["cuda"] and torch.cuda.is_available():
-        lines.append("  to do: a GPU is here but the build has no CUDA half; install nvcc and rebuild: " + info["hint"])
+        return [f"extension     not usable: {info['why_not']}", f"  to do       {info['hint']}"]
+    lines = [f"extension     {info['path']}, {info['compiler']}"]
+    if info["cuda"] is not None:
+        return [*lines, f"kernels       views on CPU and CUDA ({info['cuda_archs']}, nvcc {info['cuda']})"]
+    lines.append(f"kernels       views on CPU; {info['why_not']}")
+    if torch.cuda.is_available():
+        lines.append(f"  to do       {info['hint']}")
     return lines
 
 
 def _device_lines() -> list[str]:
     if not torch.cuda.is_available():
         reason = "this torch has no CUDA" if torch.version.cuda is None else "torch sees no GPU"
-        return [f"gpu           none ({reason}); everything runs on {torch.get_num_threads()} CPU threads"]
+        return [f"gpu           none ({reason}): everything runs on {torch.get_num_threads()} CPU threads"]
     lines = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
