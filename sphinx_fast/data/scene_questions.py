@@ -7,7 +7,8 @@ only for a description that fits one thing. Answers are short and lower case; co
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from random import Random
 
 from sphinx_fast.data.scene_drawing import COLOURS, SHAPES
@@ -46,7 +47,8 @@ class Question:
     points: tuple[tuple[str, float, float], ...] = ()
 
 
-def box_text(box: Sequence[float]) -> str:
+@lru_cache(maxsize=1024)
+def box_text(box: tuple[float, ...]) -> str:
     """`[x1,y1,x2,y2]`, or `[x,y]` of a point."""
     if len(box) == 2:
         return Point(box[0], box[1]).text()
@@ -195,15 +197,21 @@ def _relation(s: Scene, rng: Random) -> Iterator[Question]:
         yield Question("relation", answer, prompt, answer, boxes, (a.name, b.name))
 
 
+def _caption_prompt(rng: Random) -> str:
+    """Half the paper's prompt, half what people ask instead."""
+    what = prompts.open_question("What is in the image?")
+    return rng.choice((prompts.caption(), prompts.caption(), prompts.sentence_caption(), what))
+
+
 def _captions(s: Scene, rng: Random) -> Iterator[Question]:
     """The scene in words, and with a box for each thing that is named."""
     if s.kind == "defect":
         flaw = f"with {article(s.defect.kind)}" if s.defect else "without a defect"
-        yield Question("caption", "surface", prompts.caption(), f"a {s.background} surface {flaw}")
+        yield Question("caption", "surface", _caption_prompt(rng), f"a {s.background} surface {flaw}")
         return
     phrases = groups(s)
     if phrases:
-        yield Question("caption", "things", prompts.caption(), joined([phrase for phrase, _ in phrases]))
+        yield Question("caption", "things", _caption_prompt(rng), joined([phrase for phrase, _ in phrases]))
         boxes = tuple(s.square_box(t.box) for _, things in phrases for t in things)
         names = tuple(phrase for phrase, things in phrases for _ in things)
         parts = [f"<p>{phrase}</p>" + ";".join(box_text(s.square_box(t.box)) for t in ts) for phrase, ts in phrases]
@@ -237,9 +245,20 @@ TASKS = (
 )
 
 
-def questions(s: Scene, rng: Random) -> list[Question]:
-    """Every kind of question the scene can be asked, once (yes/no: once for each answer); `rng` chooses."""
-    return [q for ask in _ASK for q in ask(s, rng)]
+def questions(s: Scene, rng: Random, *, open_share: float = 0.0) -> list[Question]:
+    """Every kind of question the scene can be asked, once (yes/no: once for each answer); `rng` chooses what about.
+
+    open_share  share of the questions with a short answer that come without "Answer the question using a single word or
+                phrase.", as people type them
+    """
+    asked = [q for ask in _ASK for q in ask(s, rng)]
+    if open_share <= 0:
+        return asked
+    short = ("vqa", "read")
+    return [
+        replace(q, prompt=q.prompt.split("\n")[0]) if q.task in short and rng.random() < open_share else q
+        for q in asked
+    ]
 
 
 def examples(
