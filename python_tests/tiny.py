@@ -94,3 +94,24 @@ def converted(name: str) -> Path:
     target = Path(tempfile.mkdtemp(prefix="sphinx-fast-test-")) / name
     convert(GOLDEN / name, target, progress=False)
     return target
+
+
+def reshard(folder: Path, shards: int) -> None:
+    """Split a one-shard folder as tensor parallelism does: the inverse of what the importer joins."""
+    source = folder / "consolidated.00-of-01.model.pth"
+    weights = torch.load(source, weights_only=True)["model"]
+    source.unlink()
+    rows = ("wq", "wk", "wv", "w1", "w3", "output")
+    columns = ("wo", "w2", "tok_embeddings")
+    for shard in range(shards):
+        part = {}
+        for key, tensor in weights.items():
+            stem = key.split(".")[-2] if "." in key else key
+            is_llm = ".attention.w" in key or ".feed_forward.w" in key or stem in ("output", "tok_embeddings")
+            is_llm = is_llm and not any(encoder in key for encoder in ("clip.", "convnext", "dinov2", "qformer."))
+            if is_llm and stem in rows:
+                tensor = tensor.chunk(shards, 0)[shard].clone()
+            elif is_llm and stem in columns:
+                tensor = tensor.chunk(shards, 1)[shard].clone()
+            part[key] = tensor
+        torch.save({"model": part}, folder / f"consolidated.{shard:02d}-of-{shards:02d}.model.pth")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import GOLDEN, converted
+from tiny import GOLDEN, converted, reshard
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sphinx_fast import Sphinx
@@ -84,27 +84,6 @@ def released_copy(tmp_path: Path, name: str = "llama_ens") -> Path:
     folder = tmp_path / "released"
     shutil.copytree(GOLDEN / name, folder)
     return folder
-
-
-def reshard(folder: Path, shards: int) -> None:
-    """Split a one-shard folder as tensor parallelism does: the inverse of what the importer joins."""
-    source = folder / "consolidated.00-of-01.model.pth"
-    weights = torch.load(source, weights_only=True)["model"]
-    source.unlink()
-    rows = ("wq", "wk", "wv", "w1", "w3", "output")
-    columns = ("wo", "w2", "tok_embeddings")
-    for shard in range(shards):
-        part = {}
-        for key, tensor in weights.items():
-            stem = key.split(".")[-2] if "." in key else key
-            is_llm = ".attention.w" in key or ".feed_forward.w" in key or stem in ("output", "tok_embeddings")
-            is_llm = is_llm and not any(encoder in key for encoder in ("clip.", "convnext", "dinov2", "qformer."))
-            if is_llm and stem in rows:
-                tensor = tensor.chunk(shards, 0)[shard].clone()
-            elif is_llm and stem in columns:
-                tensor = tensor.chunk(shards, 1)[shard].clone()
-            part[key] = tensor
-        torch.save({"model": part}, folder / f"consolidated.{shard:02d}-of-{shards:02d}.model.pth")
 
 
 @pytest.mark.parametrize("shards", [2, 4])
