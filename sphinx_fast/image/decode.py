@@ -183,16 +183,17 @@ def _jpeg_header(data: bytes) -> tuple[tuple[int, int] | None, int]:
 
 
 def _from_pil(image: Image.Image, what: str) -> np.ndarray:
-    """Decode, turn upright, convert. Everything PIL may raise on a damaged picture becomes a PictureError."""
+    """Decode, convert, turn upright. Whatever PIL raises on a damaged or odd picture becomes a PictureError."""
     try:
         image.load()
-        turn = _UPRIGHT.get(_orientation(image))
-        rgb = _to_rgb(image)
-        return np.array(rgb if turn is None else rgb.transpose(turn))
-    except PictureError as error:
-        raise PictureError(f"{what}: {error}") from error
     except Exception as error:
         raise PictureError(f"{what}: damaged or cut off: {_reason(error)}") from error
+    turn = _UPRIGHT.get(_orientation(image))
+    try:
+        rgb = _to_rgb(image)
+    except Exception as error:
+        raise PictureError(f"{what}: cannot be turned into RGB: {_reason(error)}") from error
+    return np.array(rgb if turn is None else rgb.transpose(turn))
 
 
 def _orientation(image: Image.Image) -> int:
