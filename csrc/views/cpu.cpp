@@ -1,6 +1,5 @@
 // The room views on the CPU: correct, threaded over rows.
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "common/dispatch.h"
@@ -11,53 +10,58 @@
 namespace sphinx::views {
 namespace {
 
-// The filter of one axis: windows [out], weights [out, max_taps]. A padded square needs one for both axes.
+// The filter of the square, the same for both axes, and where each axis meets the picture.
 struct Taps {
   Filter filter;
-  std::vector<Window> windows;
-  std::vector<int32_t> weights;
+  std::vector<int32_t> weights;  // [out, max_taps]
+  std::vector<Tap> x, y;         // [out]
 
-  Taps(int64_t in, int out, int threads) : filter(make_filter(in, out)), windows(out) {
+  Taps(const Picture& picture, int64_t side, int out, int threads) : filter(make_filter(side, out)), x(out), y(out) {
     weights.resize(static_cast<size_t>(out) * filter.max_taps);
+    const int64_t left = pad_before(side, picture.width), top = pad_before(side, picture.height);
     parallel_for(out, std::max<int64_t>(1, 4096 / filter.max_taps), threads, [&](int64_t begin, int64_t end) {
-      for (int64_t x = begin; x < end; ++x) {
-        windows[x] = window_of(filter, x);
-        window_weights(filter, x, windows[x], weights.data() + x * filter.max_taps);
+      for (int64_t i = begin; i < end; ++i) {
+        int32_t* const own = weights.data() + i * filter.max_taps;
+        const Window window = window_of(filter, i);
+        window_weights(filter, i, window, own);
+        x[i] = split_window(window, own, left, picture.width);
+        y[i] = split_window(window, own, top, picture.height);
       }
     });
   }
 
-  const int32_t* of(int64_t x) const { return weights.data() + x * filter.max_taps; }
+  // The weights of the picture's pixels.
+  const int32_t* of(int64_t i, const Tap& tap) const { return weights.data() + i * filter.max_taps + tap.skip; }
 };
 
-void fill_colour(uint8_t* line, int64_t pixels) {
-  for (int64_t x = 0; x < pixels; ++x) {
-    for (int c = 0; c < 3; ++c) line[x * 3 + c] = pad_colour(c);
-  }
-}
-
-void copy_row(const Picture& picture, int64_t y, uint8_t* line) {
+// Row y of the picture as packed pixels: the row itself, or a copy of it in `line`.
+const uint8_t* packed_row(const Picture& picture, int64_t y, std::vector<uint8_t>& line) {
   const uint8_t* row = picture.data + y * picture.stride_h;
-  if (picture.stride_c == 1 && picture.stride_w == 3) {
-    std::memcpy(line, row, static_cast<size_t>(picture.width) * 3);
-    return;
-  }
+  if (picture.stride_c == 1 && (picture.stride_w == 3 || picture.width == 1)) return row;
+  line.resize(static_cast<size_t>(picture.width) * 3);
   for (int64_t x = 0; x < picture.width; ++x) {
     for (int c = 0; c < 3; ++c) line[x * 3 + c] = row[x * picture.stride_w + c * picture.stride_c];
   }
+  return line.data();
 }
 
-// One row of the square [side, 3] -> one row [out, 3].
-void resize_row(const uint8_t* line, const Taps& taps, int out, uint8_t* result) {
-  for (int x = 0; x < out; ++x) {
-    const Window window = taps.windows[x];
-    const int32_t* weights = taps.of(x);
-    const uint8_t* pixel = line + static_cast<int64_t>(window.first) * 3;
-    int32_t red = kRoundHalf, green = kRoundHalf, blue = kRoundHalf;
-    for (int i = 0; i < window.count; ++i, pixel += 3) {
-      red += pixel[0] * weights[i];
-      green += pixel[1] * weights[i];
-      blue += pixel[2] * weights[i];
+// One row of the picture -> one row [out, 3]; NULL is a row of padding.
+void resize_row(const uint8_t* line, const Taps& taps, uint8_t* result) {
+  const int64_t out = static_cast<int64_t>(taps.x.size());
+  for (int64_t x = 0; x < out; ++x) {
+    const Tap& tap = taps.x[x];
+    const int32_t padding = line ? tap.pad : tap.total;
+    const int32_t* weights = taps.of(x, tap);
+    int32_t red = kRoundHalf + padding * pad_colour(0);
+    int32_t green = kRoundHalf + padding * pad_colour(1);
+    int32_t blue = kRoundHalf + padding * pad_colour(2);
+    if (line) {
+      const uint8_t* pixel = line + static_cast<int64_t>(tap.first) * 3;
+      for (int i = 0; i < tap.count; ++i, pixel += 3) {
+        red += pixel[0] * weights[i];
+        green += pixel[1] * weights[i];
+        blue += pixel[2] * weights[i];
+      }
     }
     result[x * 3 + 0] = clip8(red);
     result[x * 3 + 1] = clip8(green);
@@ -69,37 +73,30 @@ void resize_row(const uint8_t* line, const Taps& taps, int out, uint8_t* result)
 
 void resize_cpu(const Picture& picture, uint8_t* canvas, int picture_size, int threads) {
   const int64_t side = std::max(picture.height, picture.width), row_bytes = static_cast<int64_t>(picture_size) * 3;
-  const int64_t top = pad_before(side, picture.height), left = pad_before(side, picture.width);
-  const Taps taps(side, picture_size, threads);
+  const Taps taps(picture, side, picture_size, threads);
 
-  // Horizontal pass, only over the picture's own rows. All rows of padding resize to one and the same row, the last
-  // here.
-  std::vector<uint8_t> rows(static_cast<size_t>((picture.height + 1) * row_bytes));
-  const int64_t grain = std::max<int64_t>(1, (1 << 18) / (row_bytes * taps.filter.max_taps));
-  parallel_for(picture.height + 1, grain, threads, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> line(static_cast<size_t>(side) * 3);
-    fill_colour(line.data(), side);
+  // Horizontal pass, only over the picture's own rows. All rows of padding resize to one and the same row.
+  std::vector<uint8_t> rows(static_cast<size_t>(picture.height * row_bytes)), padding(static_cast<size_t>(row_bytes));
+  resize_row(nullptr, taps, padding.data());
+  const int64_t work = std::min<int64_t>(taps.filter.max_taps, picture.width) * row_bytes;
+  parallel_for(picture.height, std::max<int64_t>(1, (1 << 18) / work), threads, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> line;
     for (int64_t y = begin; y < end; ++y) {
-      if (y < picture.height) {
-        copy_row(picture, y, line.data() + left * 3);
-      } else {
-        fill_colour(line.data(), side);
-      }
-      resize_row(line.data(), taps, picture_size, rows.data() + y * row_bytes);
+      resize_row(packed_row(picture, y, line), taps, rows.data() + y * row_bytes);
     }
   });
 
   // Vertical pass.
+  const int64_t taps_inside = std::min<int64_t>(taps.filter.max_taps, picture.height);
+  const int64_t grain = std::max<int64_t>(1, (1 << 18) / (taps_inside * row_bytes));
   parallel_for(picture_size, grain, threads, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> sums(static_cast<size_t>(row_bytes));
     for (int64_t y = begin; y < end; ++y) {
-      std::fill(sums.begin(), sums.end(), kRoundHalf);
-      const Window window = taps.windows[y];
-      const int32_t* weights = taps.of(y);
-      for (int i = 0; i < window.count; ++i) {
-        const int64_t source = window.first + i - top;
-        const bool inside = source >= 0 && source < picture.height;
-        const uint8_t* row = rows.data() + (inside ? source : picture.height) * row_bytes;
+      const Tap& tap = taps.y[y];
+      const int32_t* weights = taps.of(y, tap);
+      for (int64_t x = 0; x < row_bytes; ++x) sums[x] = kRoundHalf + padding[x] * tap.pad;
+      for (int i = 0; i < tap.count; ++i) {
+        const uint8_t* row = rows.data() + (tap.first + i) * row_bytes;
         const int32_t weight = weights[i];
         for (int64_t x = 0; x < row_bytes; ++x) sums[x] += row[x] * weight;
       }

@@ -8,30 +8,38 @@
 
 namespace sphinx::views {
 
-// windows [out], weights [out, max_taps]: one thread per output pixel of the axis.
-__global__ void taps_kernel(Filter filter, int out, Window* windows, int32_t* weights) {
-  SPHINX_FOR_EACH(x, out) {
-    windows[x] = window_of(filter, x);
-    window_weights(filter, x, windows[x], weights + x * filter.max_taps);
+// What the two passes read, in the workspace: weights [out, max_taps], and where each axis meets the picture [out].
+struct Taps {
+  int32_t* weights;
+  Tap *x, *y;
+  int max_taps;
+};
+
+// One thread per output pixel of the axes.
+__global__ void taps_kernel(Picture picture, Filter filter, int out, Taps taps) {
+  SPHINX_FOR_EACH(i, out) {
+    int32_t* const weights = taps.weights + i * taps.max_taps;
+    const Window window = window_of(filter, i);
+    window_weights(filter, i, window, weights);
+    taps.x[i] = split_window(window, weights, pad_before(filter.in, picture.width), picture.width);
+    taps.y[i] = split_window(window, weights, pad_before(filter.in, picture.height), picture.height);
   }
 }
 
 // Rows of the picture, and one of padding after them -> rows [height + 1, out, 3]: one thread per pixel.
-__global__ void horizontal_kernel(Picture picture, int max_taps, int out, const Window* windows, const int32_t* weights,
-                                  uint8_t* rows) {
-  const int64_t side = picture.height > picture.width ? picture.height : picture.width;
-  const int64_t left = pad_before(side, picture.width);
+__global__ void horizontal_kernel(Picture picture, int out, Taps taps, uint8_t* rows) {
   SPHINX_FOR_EACH(index, (picture.height + 1) * out) {
     const int64_t y = index / out, x = index % out;
-    const Window window = windows[x];
-    int32_t sums[3] = {kRoundHalf, kRoundHalf, kRoundHalf};
-    for (int i = 0; i < window.count; ++i) {
-      const int64_t source = window.first + i - left;
-      const bool inside = y < picture.height && source >= 0 && source < picture.width;
-      const uint8_t* pixel = picture.data + y * picture.stride_h + source * picture.stride_w;
-      const int32_t weight = weights[x * max_taps + i];
+    const Tap tap = taps.x[x];
+    const bool padding = y == picture.height;
+    const int32_t* weights = taps.weights + x * taps.max_taps + tap.skip;
+    const uint8_t* pixel = picture.data + y * picture.stride_h + tap.first * picture.stride_w;
+    int32_t sums[3];
 #pragma unroll
-      for (int c = 0; c < 3; ++c) sums[c] += (inside ? pixel[c * picture.stride_c] : pad_colour(c)) * weight;
+    for (int c = 0; c < 3; ++c) sums[c] = kRoundHalf + (padding ? tap.total : tap.pad) * pad_colour(c);
+    for (int i = 0; i < (padding ? 0 : tap.count); ++i, pixel += picture.stride_w) {
+#pragma unroll
+      for (int c = 0; c < 3; ++c) sums[c] += pixel[c * picture.stride_c] * weights[i];
     }
 #pragma unroll
     for (int c = 0; c < 3; ++c) rows[index * 3 + c] = clip8(sums[c]);
@@ -39,18 +47,14 @@ __global__ void horizontal_kernel(Picture picture, int max_taps, int out, const 
 }
 
 // rows -> canvas [out, out, 3]: one thread per byte.
-__global__ void vertical_kernel(int64_t height, int64_t top, int max_taps, int out, const Window* windows,
-                                const int32_t* weights, const uint8_t* rows, uint8_t* canvas) {
+__global__ void vertical_kernel(int64_t height, int out, Taps taps, const uint8_t* rows, uint8_t* canvas) {
   const int64_t row_bytes = static_cast<int64_t>(out) * 3;
   SPHINX_FOR_EACH(index, out * row_bytes) {
     const int64_t y = index / row_bytes, x = index % row_bytes;
-    const Window window = windows[y];
-    int32_t sum = kRoundHalf;
-    for (int i = 0; i < window.count; ++i) {
-      const int64_t source = window.first + i - top;
-      const bool inside = source >= 0 && source < height;
-      sum += rows[(inside ? source : height) * row_bytes + x] * weights[y * max_taps + i];
-    }
+    const Tap tap = taps.y[y];
+    const int32_t* weights = taps.weights + y * taps.max_taps + tap.skip;
+    int32_t sum = kRoundHalf + rows[height * row_bytes + x] * tap.pad;
+    for (int i = 0; i < tap.count; ++i) sum += rows[(tap.first + i) * row_bytes + x] * weights[i];
     canvas[index] = clip8(sum);
   }
 }

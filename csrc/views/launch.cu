@@ -1,18 +1,22 @@
 // Host side of the room views on the GPU: workspace layout and launches. Nothing here allocates or waits.
+#include <algorithm>
+
 #include "common/dispatch.h"
 #include "views/kernel.cuh"
 
 namespace sphinx::views {
 namespace {
 
-// What resize_cuda keeps in its workspace: weights [S, max_taps], windows [S], rows [height + 1, S, 3].
+// What resize_cuda keeps in its workspace: weights [S, max_taps], taps of x and of y [S], rows [height + 1, S, 3].
 struct Workspace {
-  size_t windows, rows, bytes;  // offsets; weights stand at 0
+  Filter filter;
+  size_t x, y, rows, bytes;  // offsets; the weights stand at 0
 
-  Workspace(int64_t height, int64_t width, int picture_size) {
-    const Filter filter = make_filter(height > width ? height : width, picture_size);
-    windows = align(static_cast<size_t>(picture_size) * filter.max_taps * sizeof(int32_t));
-    rows = align(windows + picture_size * sizeof(Window));
+  Workspace(int64_t height, int64_t width, int picture_size)
+      : filter(make_filter(std::max(height, width), picture_size)) {
+    x = align(static_cast<size_t>(picture_size) * filter.max_taps * sizeof(int32_t));
+    y = align(x + picture_size * sizeof(Tap));
+    rows = align(y + picture_size * sizeof(Tap));
     bytes = align(rows + static_cast<size_t>(height + 1) * picture_size * 3);
   }
 
@@ -30,17 +34,16 @@ void resize_cuda(const Picture& picture, uint8_t* canvas, int picture_size, void
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const Workspace layout(picture.height, picture.width, picture_size);
   char* base = static_cast<char*>(workspace);
-  auto* weights = reinterpret_cast<int32_t*>(base);
-  auto* windows = reinterpret_cast<Window*>(base + layout.windows);
+  const Taps taps{reinterpret_cast<int32_t*>(base), reinterpret_cast<Tap*>(base + layout.x),
+                  reinterpret_cast<Tap*>(base + layout.y), layout.filter.max_taps};
   auto* rows = reinterpret_cast<uint8_t*>(base + layout.rows);
 
-  const int64_t side = std::max(picture.height, picture.width), size = picture_size;
-  const Filter filter = make_filter(side, size);
-  taps_kernel<<<blocks_for(size), kBlock, 0, cuda_stream>>>(filter, picture_size, windows, weights);
-  horizontal_kernel<<<blocks_for((picture.height + 1) * size), kBlock, 0, cuda_stream>>>(
-      picture, filter.max_taps, picture_size, windows, weights, rows);
-  vertical_kernel<<<blocks_for(size * size * 3), kBlock, 0, cuda_stream>>>(
-      picture.height, pad_before(side, picture.height), filter.max_taps, picture_size, windows, weights, rows, canvas);
+  const int64_t size = picture_size;
+  taps_kernel<<<blocks_for(size), kBlock, 0, cuda_stream>>>(picture, layout.filter, picture_size, taps);
+  horizontal_kernel<<<blocks_for((picture.height + 1) * size), kBlock, 0, cuda_stream>>>(picture, picture_size, taps,
+                                                                                         rows);
+  vertical_kernel<<<blocks_for(size * size * 3), kBlock, 0, cuda_stream>>>(picture.height, picture_size, taps, rows,
+                                                                           canvas);
   check_cuda(cudaGetLastError(), "views: resize");
 }
 

@@ -87,6 +87,27 @@ SPHINX_HD int64_t pad_before(int64_t side, int64_t extent) {
   return (side - extent) / 2;
 }
 
+// A window split into picture and padding. The padding is one value along an axis, so all of it is one product: the
+// sums are integers, exact in any order, and pictures far from square cost no more than their pixels.
+struct Tap {
+  int32_t first, count;  // pixels of the picture, in its own coordinates
+  int32_t skip;          // weights before those of the picture
+  int32_t pad, total;    // sum of the padding's weights, and of all
+};
+
+SPHINX_HD Tap split_window(Window window, const int32_t* weights, int64_t before, int64_t extent) {
+  const int64_t left = window.first - before, right = left + window.count;
+  const int64_t first = left > 0 ? left : 0, end = right < extent ? right : extent;
+  Tap tap{static_cast<int32_t>(first), static_cast<int32_t>(end > first ? end - first : 0), 0, 0, 0};
+  tap.skip = tap.count ? static_cast<int32_t>(first - left) : 0;
+  for (int i = 0; i < window.count; ++i) {
+    const bool inside = i >= tap.skip && i < tap.skip + tap.count;
+    tap.total += weights[i];
+    tap.pad += inside ? 0 : weights[i];
+  }
+  return tap;
+}
+
 // --- normalisation --------------------------------------------------------------------------------------------------
 SPHINX_HD float clip_mean(int c) {
   return c == 0 ? 0.48145466f : c == 1 ? 0.4578275f : 0.40821073f;

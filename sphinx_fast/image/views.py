@@ -16,6 +16,9 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 DINOV2_MEAN = (0.485, 0.456, 0.406)
 DINOV2_STD = (0.229, 0.224, 0.225)
+MAX_SIDE = (
+    16_384  # of the padded square, which is really built here and then takes 805 MB; the room `views` never builds it
+)
 
 
 def view_ratio(picture_size: int, view_size: int) -> int:
@@ -38,10 +41,15 @@ def pad_offsets(width: int, height: int) -> tuple[int, int, int]:
 
 
 def reference_canvas(picture: Image.Image | np.ndarray, picture_size: int) -> Image.Image:
-    """RGB picture, PIL or uint8 [h, w, 3] -> padded to a square with PAD_COLOUR, resized by Pillow's bicubic."""
+    """RGB picture, PIL or uint8 [h, w, 3] -> padded to a square with PAD_COLOUR, resized by Pillow's bicubic.
+
+    ValueError for a side above MAX_SIDE pixels.
+    """
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     image = image.convert("RGB")
     side, left, top = pad_offsets(*image.size)
+    if side > MAX_SIDE:
+        raise ValueError(f"picture: expected sides of at most {MAX_SIDE} pixels in the reference pipeline, got {side}")
     square = Image.new("RGB", (side, side), PAD_COLOUR)
     square.paste(image, (left, top))
     return square.resize((picture_size, picture_size), Image.Resampling.BICUBIC)

@@ -101,14 +101,16 @@ def resize_padded(picture: Tensor, picture_size: int, *, out: Tensor | None = No
     Equivalent to `sphinx_fast.image.views.reference_canvas`, that is to Pillow's paste and bicubic resize, bit for bit.
     """
     out = _output(out, [picture], (picture_size, picture_size, 3), torch.uint8, "out")
-    _check_pictures([picture])
+    _check_pictures([picture], out)
     torch.ops.sphinx_fast.resize_padded(picture, out)
     return out
 
 
-def _check_pictures(pictures: Sequence[Tensor]) -> None:
+def _check_pictures(pictures: Sequence[Tensor], out: Tensor) -> None:
     for index, picture in enumerate(pictures):
         refuse_lazy(picture, f"pictures[{index}]")
+        if picture.device != out.device:
+            raise ValueError(f"pictures[{index}]: expected device {out.device} (that of out), got {picture.device}")
 
 
 def _output(
@@ -147,7 +149,7 @@ def _call(
     picture_size: int,
     view_size: int,
 ) -> None:
-    _check_pictures(pictures)
+    _check_pictures(pictures, clip)
     torch.ops.sphinx_fast.views(list(pictures), clip, dinov2, convnext, picture_size, view_size)
 
 
