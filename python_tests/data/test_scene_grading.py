@@ -8,7 +8,7 @@ from sphinx_fast.data.scene_grading import grade
 from sphinx_fast.data.scene_questions import Question, questions
 from sphinx_fast.data.scenes import KINDS, scene
 
-ASKED = [q for kind in KINDS for k in range(40) for q in questions(scene(k, kind=kind), Random(k))]
+ASKED = [q for kind in KINDS for k in range(20) for q in questions(scene(k, kind=kind), Random(k))]
 BOX, OTHER = (0.1, 0.2, 0.5, 0.6), (0.6, 0.6, 0.9, 0.9)
 
 

@@ -281,7 +281,7 @@ def examples(
 
 
 def corpus(n: int, seed: int = 0) -> Iterator[str]:
-    """Prompts and answers of n scenes, one by one, for training a tokenizer; n = 3,000 has every word of the data."""
+    """Prompts and answers of n scenes, one by one, for training a tokenizer; 3,000 scenes say nearly every word."""
     for k in range(n):
         s = scene(seed + k, split="train")
         for q in questions(s, Random(seed + k)):
