@@ -1,8 +1,11 @@
 """Boxes and points: every form read and printed, frames, any string, linear time."""
 
+import doctest
 import math
 import random
+import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -286,3 +289,14 @@ def test_iou_against_counting():
         union = len(cells[0] | cells[1])
         assert iou(a, b) == pytest.approx(len(cells[0] & cells[1]) / union if union else 0)
         assert iou(a, b) == iou(b, a)
+
+
+# ---- documentation
+
+
+def test_the_examples_of_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "boxes.md").read_text()
+    source = "\n\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    test = doctest.DocTestParser().get_doctest(source, {}, "docs/boxes.md", None, 0)
+    failed, tried = doctest.DocTestRunner().run(test)
+    assert tried > 10 and not failed

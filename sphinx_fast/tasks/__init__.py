@@ -1,5 +1,6 @@
 """Text <-> boxes, points, masks: the paper's prompts, what the model writes in brackets, and drawing it."""
 
+from sphinx_fast.tasks import prompts
 from sphinx_fast.tasks.boxes import (
     Box,
     Point,
@@ -13,6 +14,7 @@ from sphinx_fast.tasks.boxes import (
     parse_points,
     parse_regions,
 )
+from sphinx_fast.tasks.draw import draw_answer, draw_boxes, draw_regions
 from sphinx_fast.tasks.prompts import PROMPTS, Prompt
 
 __all__ = [
@@ -21,6 +23,9 @@ __all__ = [
     "Point",
     "Prompt",
     "Region",
+    "draw_answer",
+    "draw_boxes",
+    "draw_regions",
     "first_box",
     "format_boxes",
     "format_region",
@@ -29,4 +34,5 @@ __all__ = [
     "parse_key_points",
     "parse_points",
     "parse_regions",
+    "prompts",
 ]

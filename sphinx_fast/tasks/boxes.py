@@ -60,7 +60,7 @@ def _check(what: str, values: Sequence[float], frame: str) -> None:
 
 
 def _clipped(v: float, limit: float) -> float:
-    return min(max(v, 0.0), limit)
+    return min(max(v, 0.0), float(limit))
 
 
 def _written(what: str, values: Sequence[float], frame: str) -> str:
