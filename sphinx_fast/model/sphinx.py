@@ -170,12 +170,14 @@ class SphinxModel(SphinxPreTrainedModel):
 class SphinxForConditionalGeneration(SphinxPreTrainedModel, GenerationMixin):
     """SPHINX with its output head: the class users load, generate with and train."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
-
     def __init__(self, config: SphinxConfig) -> None:
         super().__init__(config)
         self.model = SphinxModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # Where the embedding lies differs between language models: embed_tokens in Llama, wte in GPT-2.
+        embedding = self.model.get_input_embeddings()
+        names = [name for name, module in self.model.named_modules() if module is embedding]
+        self._tied_weights_keys = {"lm_head.weight": f"model.{names[0]}.weight"}
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from sphinx_fast.model.config import SphinxConfig
@@ -15,5 +16,9 @@ def on_disk_shapes(config: SphinxConfig) -> dict[str, tuple[int, ...]]:
     The names of transformers' modules differ between its versions, those in the files do not.
     """
     with torch.device("meta"):
-        model = SphinxForConditionalGeneration(config)
+        return disk_shapes(SphinxForConditionalGeneration(config))
+
+
+def disk_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """The same of a model that exists, be it on the meta device."""
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, model.state_dict()).items()}
