@@ -1,6 +1,6 @@
 """Reads the report of `ptxas -v` in a build log and fails when a kernel spills registers or uses local memory.
 
-    python tools/check_spills.py build/ptxas.log
+python tools/check_spills.py build/ptxas.log
 """
 
 import re

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,15 @@ def test_nothing_is_written_when_a_later_picture_is_bad() -> None:
     assert torch.equal(output.check(), torch.full_like(output.tensor, 7.0))
 
 
+@pytest.fixture
+def short_tensors() -> Iterator[None]:
+    """pybind11 prints every argument of a call whose types do not match."""
+    torch.set_printoptions(threshold=1, edgeitems=1)
+    yield
+    torch.set_printoptions(profile="default")
+
+
+@pytest.mark.usefixtures("short_tensors")
 def test_drawn_calls_are_answered_or_refused() -> None:
     """A thousand calls of random arguments, most of them wrong: an answer or a Python exception, never a crash."""
     draw = random.Random(0)
