@@ -86,7 +86,7 @@ def run_ask(args: argparse.Namespace) -> int:
         from sphinx_fast.tasks.boxes import parse_boxes
 
         height, width = picture.shape[:2]
-        boxes = [box.to_picture(width, height) for box in parse_boxes(answer)]
+        boxes = [box.to_picture(width, height, clip=True) for box in parse_boxes(answer)]
         record["boxes"] = [[round(v, 1) for v in (box.x1, box.y1, box.x2, box.y2)] for box in boxes]
     record["seconds"] = round(time.perf_counter() - start, 3)
     print(json.dumps(record, ensure_ascii=False))
