@@ -312,11 +312,11 @@ _MINI_VISION: dict[str, Any] = {
         "image_size": 96,
         "patch_size": 16,
     },
-    "convnext_config": {"depths": (0, 1, 2, 1), "hidden_sizes": (24, 48, 96, 128), "layer_scale_init": 1.0},
+    "convnext_config": {"depths": (0, 1, 2, 2), "hidden_sizes": (16, 32, 64, 128), "layer_scale_init": 1.0},
     "dinov2_config": {
-        "hidden_size": 96,
+        "hidden_size": 64,
         "num_hidden_layers": 3,
-        "num_attention_heads": 3,
+        "num_attention_heads": 2,
         "image_size": 96,
         "patch_size": 16,
         "use_swiglu_ffn": False,
@@ -340,11 +340,11 @@ _MINI_VISION: dict[str, Any] = {
 }
 _MINI_TEXT: dict[str, Any] = {
     **_LLAMA_13B,
-    "vocab_size": 768,
-    "hidden_size": 160,
-    "intermediate_size": 448,
+    "vocab_size": 1024,
+    "hidden_size": 128,
+    "intermediate_size": 352,
     "num_hidden_layers": 4,
-    "num_attention_heads": 5,
+    "num_attention_heads": 4,
     "max_position_embeddings": 1024,
 }
 

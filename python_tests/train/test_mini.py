@@ -1,0 +1,47 @@
+"""The whole run in small, and that it resumes."""
+
+import json
+
+import pytest
+import torch
+
+from sphinx_fast import Sphinx
+from sphinx_fast.infer import EMBEDDED_MODEL
+from sphinx_fast.model import SphinxForConditionalGeneration
+from sphinx_fast.train import mini
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    threads = torch.get_num_threads()
+    out = tmp_path_factory.mktemp("run") / "model"
+    mini.main(["--out", str(out), "--smoke"])
+    torch.set_num_threads(threads)
+    return out
+
+
+def test_smoke_run_gives_a_model_that_answers(smoke):
+    figures = json.loads((smoke.with_name("model.work") / "figures.json").read_text())["figures"]
+    assert set(figures) == {"vqa", "refer"} and all(set(f) == {"seeing", "blind"} for f in figures.values())
+    sphinx = Sphinx.from_pretrained(smoke, dtype=torch.float32)
+    assert isinstance(sphinx.ask(torch.zeros(64, 80, 3, dtype=torch.uint8), "What is this?", max_new_tokens=4), str)
+
+
+def test_steps_are_skipped_when_their_result_is_there(smoke, monkeypatch):
+    monkeypatch.setattr(mini, "train_encoder", None)
+    monkeypatch.setattr(mini, "train_language", None)
+    before = SphinxForConditionalGeneration.from_pretrained(smoke).state_dict()
+    mini.train(smoke, mini.SMOKE, seed=0)
+    after = SphinxForConditionalGeneration.from_pretrained(smoke).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_embedded_model_is_small_and_bf16():
+    files = list(EMBEDDED_MODEL.glob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) <= 16_000_000
+    assert {"config.json", "tokenizer.model", "README.md"} <= {file.name for file in EMBEDDED_MODEL.iterdir()}
+    model = SphinxForConditionalGeneration.from_pretrained(EMBEDDED_MODEL)
+    assert model.dtype == torch.bfloat16
+    assert model.config.vision_config.num_views == 5
+    tower = model.model.vision_tower
+    assert all(encoder is not None for encoder in (tower.clip, tower.convnext, tower.dinov2, tower.qformer))

@@ -1,0 +1,231 @@
+"""Dense pre-training of one encoder on scenes: what stands in each patch, where its box lies, what the view holds.
+
+A small linear head reads each encoder alone, so that its features are linear in shape, colour, size, text, joints and
+in the box of the patch's owner (soft bins). The language model then only has to find a patch and copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from sphinx_fast.data.scene_targets import CLASSES
+from sphinx_fast.train.scene_pool import LABELS, WHOLE_CLASSES, cut_views
+from sphinx_fast.vision import VisionTower
+from sphinx_fast.vision.clip import clip_features
+from sphinx_fast.vision.convnext import convnext_features
+from sphinx_fast.vision.dinov2 import dinov2_features
+
+BINS = 101  # one per coordinate token, 0.00 .. 1.00
+SOFTNESS = 0.03  # standard deviation of a soft coordinate
+HEAD_RATE = 1e-2
+HEADS_FIRST = 60  # steps in which only the heads learn
+ENCODERS = ("clip", "convnext", "dinov2", "qformer")
+LABEL_WEIGHTS = {"thing": 1.0, "shape": 1.0, "colour": 1.0, "size": 0.5, "text": 1.0, "defect": 0.5, "joint": 0.5}
+
+
+def soft_bins(values: Tensor, bins: int = BINS, softness: float = SOFTNESS) -> Tensor:
+    """[...] in [0, 1] -> [..., bins]: a normalised Gaussian around the value."""
+    centres = torch.linspace(0, 1, bins, device=values.device)
+    return torch.softmax(-0.5 * ((values.clamp(0, 1).unsqueeze(-1) - centres) / softness) ** 2, dim=-1)
+
+
+class DenseHeads(nn.Module):
+    """Linear heads of one encoder.
+
+    Args:
+        channels: features per patch; 0 when there are none (the Q-Former).
+        whole_channels: features of the whole view.
+    """
+
+    def __init__(self, channels: int, whole_channels: int) -> None:
+        super().__init__()
+        self.labels = nn.ModuleDict({name: nn.Linear(channels, CLASSES[name] + 1) for name in LABELS if channels})
+        self.boxes = nn.Linear(channels, 6 * BINS) if channels else None
+        self.whole = nn.Linear(whole_channels, sum(WHOLE_CLASSES))
+
+    def whole_loss(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Features [N, C], targets [N, W]: mean cross-entropy over all questions."""
+        logits = self.whole(features).split(list(WHOLE_CLASSES), dim=-1)
+        losses = [F.cross_entropy(row, targets[:, k]) for k, row in enumerate(logits)]
+        return torch.stack(losses).sum() / 20
+
+    def patch_losses(self, features: Tensor, labels: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+        """Features [N, P, C], labels [N, P, 7], boxes [N, P, 6] -> a loss per head.
+
+        Labels that are mostly zero are scored where they are not; `thing` decides between something and nothing. All
+        sums are divided by the number of owned patches: a mean over the two patches of a batch that hold a word would
+        drown everything else in noise.
+        """
+        losses: dict[str, Tensor] = {}
+        owned = labels[..., 0] > 0
+        scored = owned.sum().clamp(min=1)
+        for k, name in enumerate(LABELS):
+            if name in ("thing", "joint"):
+                losses[name] = F.cross_entropy(self.labels[name](features).flatten(0, 1), labels[..., k].flatten())
+                continue
+            where = labels[..., k] > 0
+            logits = self.labels[name](features[where])
+            losses[name] = F.cross_entropy(logits, labels[..., k][where], reduction="sum") / scored
+        jointed = labels[..., LABELS.index("joint")] > 0
+        for name, where, part in (("box", owned, slice(0, 4)), ("point", jointed, slice(4, 6))):
+            logits = self.boxes(features[where]).unflatten(-1, (6, BINS))[:, part]
+            target = soft_bins(boxes[where][:, part])
+            total = F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1), reduction="sum")
+            losses[name] = total / (logits.shape[1] * scored)
+        return losses
+
+
+def sine_positions(grid: int, channels: int, scale: float = 1.0) -> Tensor:
+    """[1 + grid * grid, channels]: sines and cosines of a patch's row and column; zeros for the class token."""
+    frequencies = math.pi * torch.arange(1, channels // 4 + 1) / 2 ** (torch.arange(channels // 4) % 3)
+    at = (torch.arange(grid) + 0.5) / grid
+    waves = torch.cat([torch.sin(at[:, None] * frequencies), torch.cos(at[:, None] * frequencies)], dim=-1)
+    rows = waves[:, None].expand(grid, grid, -1)
+    table = torch.cat([rows, rows.transpose(0, 1)], dim=-1).flatten(0, 1)
+    return scale * torch.cat([torch.zeros(1, channels), table])
+
+
+@torch.no_grad()
+def start_weights(module: nn.Module) -> None:
+    """Linear and convolution weights from N(0, 1 / fan-in).
+
+    The usual 0.02 suits widths near 1,000. At 64 it leaves every block close to nothing, the network close to linear,
+    and shapes unlearned for a thousand steps.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            part.weight.normal_(std=part.weight[0].numel() ** -0.5)
+
+
+@torch.no_grad()
+def start_positions(tower: VisionTower, name: str) -> None:
+    """Position tables start as sines: from noise of 0.02 a box takes hundreds of steps to be found."""
+    grid = tower.config.grid_size
+    if name == "clip":
+        table = tower.clip.get_parameter("embeddings.position_embedding.weight")
+    elif name == "dinov2":
+        table = tower.dinov2.embeddings.position_embeddings[0]
+    elif name == "qformer":
+        table = tower.qformer.vision_model.embeddings.position_embedding[0]
+    else:
+        return
+    table.copy_(sine_positions(grid, table.shape[-1]))
+
+
+def relative_boxes(boxes: Tensor, grid: int) -> Tensor:
+    """[N, P, 6] in the view's frame -> around the patch's middle, which is 0.5: for an encoder without positions."""
+    at = (torch.arange(grid) + 0.5) / grid
+    y, x = torch.meshgrid(at, at, indexing="ij")
+    middles = torch.stack([x, y] * 3, dim=-1).flatten(0, 1)
+    return (boxes - middles) + 0.5
+
+
+def encoder_features(tower: VisionTower, name: str) -> Callable[[Tensor], Tensor]:
+    """Views [N, 3, s, s] -> tokens of the encoder `name`, class token first (Q-Former: the queries)."""
+    grid = tower.config.grid_size
+    if name == "clip":
+        return lambda x: clip_features(tower.clip, x)
+    if name == "convnext":
+        return lambda x: convnext_features(tower.convnext, tower._convnext_pixels(x), grid)
+    if name == "dinov2":
+        return lambda x: dinov2_features(tower.dinov2, tower._dinov2_pixels(x))
+    return tower.qformer
+
+
+def build_heads(tower: VisionTower, name: str) -> DenseHeads:
+    """The heads that fit the encoder."""
+    config = tower.config
+    if name == "qformer":
+        return DenseHeads(0, config.num_query_tokens * config.qformer_config.hidden_size)
+    width = getattr(config, f"{name}_config").hidden_size
+    return DenseHeads(width, width)
+
+
+def dense_loss(name: str, tokens: Tensor, heads: DenseHeads, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
+    """The weighted sum and the single losses of one batch."""
+    if name == "qformer":
+        losses = {"whole": heads.whole_loss(tokens.flatten(1), batch["wholes"])}
+        return losses["whole"], losses
+    grid = math.isqrt(tokens.shape[1] - 1)
+    boxes = relative_boxes(batch["boxes"], grid) if name == "convnext" else batch["boxes"]
+    losses = heads.patch_losses(tokens[:, 1:], batch["labels"], boxes)
+    losses["whole"] = heads.whole_loss(tokens[:, 0], batch["wholes"])
+    total = sum(LABEL_WEIGHTS.get(key, 1.0) * value for key, value in losses.items())
+    return total, losses
+
+
+def pool_batch(pool: dict[str, np.ndarray], indices: np.ndarray, rng: np.random.Generator, view_size: int) -> dict:
+    """Pictures by index -> global view and one random crop each, with their labels."""
+    order = np.sort(indices)
+    views = cut_views(torch.from_numpy(pool["squares"][order]), view_size)
+    crop = rng.integers(1, views.shape[1], len(order))
+    rows = np.arange(len(order))
+    batch = {"views": torch.cat([views[:, 0], views[rows, crop]])}
+    for name in ("labels", "boxes", "wholes"):
+        array = pool[name][order]
+        both = torch.from_numpy(np.concatenate([array[:, 0], array[rows, crop]]))
+        batch[name] = both.float() if name == "boxes" else both.long()
+    return batch
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then half a cosine down to 2 %."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def train_encoder(
+    tower: VisionTower,
+    name: str,
+    pool: dict[str, np.ndarray],
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    seed: int,
+    position: int = 0,
+) -> dict[str, float]:
+    """Train one encoder of the tower in place; returns the smoothed losses of the end."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    heads = build_heads(tower, name)
+    features = encoder_features(tower, name)
+    encoder = getattr(tower, name)
+    start_weights(encoder)
+    start_positions(tower, name)
+    parameters = [*encoder.parameters(), *heads.parameters()]
+    # The heads run ahead: a trunk that warms up together with them first learns to say the average answer, and forgets
+    # where its patches are.
+    groups = [{"params": [*encoder.parameters()], "rate": rate}, {"params": [*heads.parameters()], "rate": HEAD_RATE}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
+    smooth: dict[str, float] = {}
+    count = len(pool["squares"])
+    order = np.concatenate([rng.permutation(count) for _ in range(1 + steps * batch // count)])
+    encoder.train()
+    with tqdm(total=steps, desc=f"dense {name}", position=position, mininterval=5) as bar:
+        for step in range(steps):
+            picked = order[step * batch : (step + 1) * batch]
+            data = pool_batch(pool, picked, rng, tower.config.view_size)
+            loss, losses = dense_loss(name, features(data["views"]), heads, data)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            for group in optimizer.param_groups:
+                late = step < HEADS_FIRST and group["rate"] == rate
+                group["lr"] = 0.0 if late else group["rate"] * schedule(step, steps, 10)
+            optimizer.step()
+            for key, value in losses.items():
+                smooth[key] = 0.97 * smooth.get(key, float(value)) + 0.03 * float(value)
+            bar.update()
+            if step % 20 == 0:
+                bar.set_postfix_str(" ".join(f"{key} {value:.2f}" for key, value in smooth.items()))
+    encoder.eval()
+    return smooth
