@@ -95,8 +95,10 @@ class Borrow {
     const dlpack::ExchangeTable* table = exchange_table(object);
     dlpack::Tensor tensor{};
     if (table) {
-      check_type(table->borrow_from_python(object, &tensor) == 0, view_.name, ": expected a dense tensor, but ",
-                 PyErr_Occurred() ? take_python_error() : "");
+      if (table->borrow_from_python(object, &tensor) != 0) {
+        throw TypeError(
+            concat(view_.name, ": expected a dense tensor, got one that cannot be borrowed: ", take_python_error()));
+      }
     } else {
       tensor = tensor_of_capsule(object);
     }
