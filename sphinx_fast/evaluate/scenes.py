@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,14 +122,25 @@ def machine() -> dict[str, str | int | None]:
         cpu = next(
             (x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu
         )
-    try:
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        commit = found.stdout.strip() or None
-    except OSError:
-        commit = None
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     command = " ".join(["python", "-m", "sphinx_fast.evaluate.scenes", *sys.argv[1:]])
-    return {"cpu": cpu, "cores": os.cpu_count(), "date": date, "command": command, "commit": commit}
+    return {"cpu": cpu, "cores": os.cpu_count(), "date": date, "command": command, "commit": checkout_commit()}
+
+
+def checkout_commit() -> str | None:
+    """The commit of the checkout this package runs from, read from .git; None for an installed package."""
+    git = Path(__file__).resolve().parents[2] / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head[:7]
+        reference = git / head.removeprefix("ref: ")
+        if reference.is_file():
+            return reference.read_text()[:7]
+        packed = (line.split() for line in (git / "packed-refs").read_text().splitlines())
+        return next((line[0][:7] for line in packed if line[-1] == head.removeprefix("ref: ")), None)
+    except OSError:
+        return None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
