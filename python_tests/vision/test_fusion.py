@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny import VISION
 
-from sphinx_fast.model.config import SphinxVisionConfig, preset
+from sphinx_fast.model.config import SphinxVisionConfig
+from sphinx_fast.model.presets import preset
 from sphinx_fast.vision import Fusion, VisionFeatures
 
 WIDTH = 24

@@ -56,7 +56,7 @@ def answers(
     texts = [conversation_prompt([(prompt, None)]) for prompt in prompts]
     inputs = processor(images=list(pictures), text=texts, padding=True, return_tensors="pt")
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[misc]
     new = output[:, inputs["input_ids"].shape[1] :]
     return [cut_at_stop(text)[0].strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 

@@ -14,8 +14,9 @@ from transformers import AutoProcessor
 from sphinx_fast.infer.chat import Conversation
 from sphinx_fast.infer.engine import Engine
 from sphinx_fast.infer.sampling import Sampling
-from sphinx_fast.model.config import PRESETS, SphinxConfig, preset
+from sphinx_fast.model.config import SphinxConfig
 from sphinx_fast.model.conversation import conversation_prompt
+from sphinx_fast.model.presets import PRESETS, preset
 from sphinx_fast.model.processor import SphinxProcessor
 from sphinx_fast.model.sphinx import SphinxForConditionalGeneration
 
@@ -123,11 +124,14 @@ class Sphinx:
         if isinstance(dtype, str):
             dtype = parse_dtype(dtype)
         config = with_variant(SphinxConfig.from_pretrained(name), variant)
-        dtype = dtype or default_dtype(config.dtype or torch.float32, target)
+        stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        dtype = dtype or default_dtype(stored, target)
+        model: Any
+        info: dict[str, Any]
         if "device_map" not in kwargs and target.type != "cpu":
             kwargs["device_map"] = target
         try:
-            model, info = SphinxForConditionalGeneration.from_pretrained(
+            model, info = SphinxForConditionalGeneration.from_pretrained(  # type: ignore[misc]
                 name, config=config, dtype=dtype, output_loading_info=True, **kwargs
             )
             processor = AutoProcessor.from_pretrained(name)

@@ -6,8 +6,9 @@ from transformers import AutoTokenizer as _AutoTokenizer
 # The oldest transformers of our window offer this class at their top level only beside torchvision; it needs only PIL.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from sphinx_fast.model.config import PRESETS, ConvNextConfig, SphinxConfig, SphinxVisionConfig, preset
+from sphinx_fast.model.config import ConvNextConfig, SphinxConfig, SphinxVisionConfig
 from sphinx_fast.model.image_processor import SphinxImageProcessor, SphinxImageProcessorReference
+from sphinx_fast.model.presets import PRESETS, preset
 from sphinx_fast.model.processor import SphinxProcessor
 from sphinx_fast.model.sphinx import SphinxForConditionalGeneration, SphinxModel
 from sphinx_fast.model.tokenizer import SphinxTokenizer

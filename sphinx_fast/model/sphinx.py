@@ -34,7 +34,7 @@ class SphinxPreTrainedModel(PreTrainedModel):
     config_class = SphinxConfig
     config: SphinxConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _no_split_modules = [  # noqa: RUF012 - transformers reads this list
         "CLIPEncoderLayer",
@@ -92,7 +92,7 @@ class SphinxModel(SphinxPreTrainedModel):
         tokens = self.visual_tokens(pixel_values)
         views = self._views_per_picture(pixel_values, num_image_patches)
         pictures = tuple(part.flatten(0, 1) for part in tokens.split(views))
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pictures)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pictures)  # type: ignore[arg-type]
 
     def _views_per_picture(self, pixel_values: Tensor, num_image_patches: Tensor | None) -> list[int]:
         total = pixel_values.shape[0]
@@ -148,7 +148,7 @@ class SphinxModel(SphinxPreTrainedModel):
                 raise ValueError("pixel_values need input_ids: the placeholders say where the visual tokens go")
             self._views_per_picture(pixel_values, num_image_patches)
             visual_tokens = self.visual_tokens(pixel_values)
-        if inputs_embeds is None:
+        if input_ids is not None:
             inputs_embeds = self.splice(input_ids, visual_tokens)
         kwargs["return_dict"] = True
         outputs = self.language_model(
@@ -211,7 +211,7 @@ class SphinxForConditionalGeneration(SphinxPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> SphinxOutput:
+    ) -> SphinxOutput | tuple[Any, ...]:
         """As `SphinxModel.forward`, then logits [B, T, vocab] (the last `logits_to_keep` rows, 0: all).
 
         `labels` [B, T] (-100 ignored, placeholders must be) give the mean next-token cross-entropy as `loss`.
@@ -248,9 +248,9 @@ class SphinxForConditionalGeneration(SphinxPreTrainedModel, GenerationMixin):
         )
         return output if kwargs.get("return_dict", True) is not False else output.to_tuple()
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
-        input_ids: Tensor,
+        input_ids: Any,
         past_key_values: Any = None,
         pixel_values: Tensor | None = None,
         num_image_patches: Tensor | None = None,
@@ -260,7 +260,7 @@ class SphinxForConditionalGeneration(SphinxPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The pictures enter with the prompt only; later steps find them in the cache."""
-        inputs = super().prepare_inputs_for_generation(
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             past_key_values=past_key_values,
             is_first_iteration=is_first_iteration,

@@ -195,7 +195,9 @@ class SphinxTokenizer(PreTrainedTokenizerFast):
             self._sentencepiece = sentencepiece.SentencePieceProcessor(model_file=str(self.vocab_file))
         return self._sentencepiece
 
-    def _decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str:
+    def _decode(  # type: ignore[override]
+        self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any
+    ) -> str:
         model = self.sentencepiece
         if model is None:
             return super()._decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)

@@ -76,7 +76,7 @@ def convert(
         raise
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise WeightsError(f"{released.path}: {error}") from error
-    pieces = tokenizer.convert_tokens_to_ids("<image>")
+    pieces = int(tokenizer.convert_tokens_to_ids("<image>"))  # type: ignore[arg-type]
     if pieces > config.text_config.vocab_size:
         raise WeightsError(
             f"{released.path / 'tokenizer.model'}: {pieces} pieces, but the checkpoint embeds only "

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from sphinx_fast.model.config import CLIP_L14, DINOV2_G14, ConvNextConfig, SphinxConfig, SphinxVisionConfig
-from sphinx_fast.model.config import preset as named_config
+from sphinx_fast.model.presets import preset as named_config
 from sphinx_fast.model.sphinx import SphinxForConditionalGeneration
 from sphinx_fast.vision.convnext import ConvNextModel
 from sphinx_fast.vision.fusion import Fusion

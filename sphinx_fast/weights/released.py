@@ -110,7 +110,7 @@ class ReleasedFolder:
             raise WeightsError(f"{path}: llama_type {variant!r} is not one of {', '.join(VARIANTS)}")
         if not (path / "tokenizer.model").is_file():
             raise WeightsError(f"{path / 'tokenizer.model'}: no such file")
-        shards = []
+        shards: list[tuple[Path, Mapping[str, Tensor]]] = []
         for file in files:
             tensors = open_weights(file)
             shards.append((file, {key.removeprefix(PREFIX): tensors[key] for key in tensors}))
