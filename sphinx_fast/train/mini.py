@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,8 @@ from torch import distributed
 from tqdm import tqdm
 
 from sphinx_fast.evaluate.scenes import LENGTHS, MAIN_TASKS, evaluate, machine, print_figures
-from sphinx_fast.model.config import SphinxConfig, preset
+from sphinx_fast.model.config import SphinxConfig
+from sphinx_fast.model.presets import preset
 from sphinx_fast.model.processor import SphinxProcessor
 from sphinx_fast.model.sphinx import SphinxForConditionalGeneration
 from sphinx_fast.model.tokenizer import SphinxTokenizer
@@ -48,8 +48,8 @@ class Recipe:
     align_steps: int = 150
     align_batch: int = 32
     align_rate: float = 3e-3
-    language_steps: int = 1_000
-    language_batch: int = 16
+    language_steps: int = 1_400
+    language_batch: int = 8
     language_rate: float = 1.5e-3
     text_length: int = 240
     tokenizer_scenes: int = 250
@@ -124,8 +124,8 @@ def language(work: Path, recipe: Recipe, seed: int, rank: int, world: int) -> No
     if (work / "language.safetensors").exists():
         return
     if world > 1:
-        store = work / f"store.{os.getppid()}"
-        distributed.init_process_group("gloo", init_method=f"file://{store.absolute()}", rank=rank, world_size=world)
+        meeting = f"file://{(work / 'meeting').absolute()}"
+        distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     torch.manual_seed(seed)
     config = preset("sphinx-mini")
     tokenizer = train_tokenizer(work, recipe, config)
@@ -204,6 +204,7 @@ def train(out: Path, recipe: Recipe, seed: int) -> None:
     order = sorted(ENCODERS, key=lambda name: name != "convnext")  # the slowest first
     in_processes(dense_encoder, [(work, name, recipe, seed, k) for k, name in enumerate(order)], recipe.processes)
     world = max(1, recipe.processes)
+    (work / "meeting").unlink(missing_ok=True)  # where the processes of an interrupted run met
     in_processes(language, [(work, recipe, seed, rank, world) for rank in range(world)], recipe.processes)
     assemble(work, out, recipe)
 
@@ -211,7 +212,7 @@ def train(out: Path, recipe: Recipe, seed: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m sphinx_fast.train.mini", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
+    parser.add_argument("--out", type=Path, default=Path("sphinx-mini"), help="the model folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it runs")
     parser.add_argument("--all-tasks", action="store_true", help="evaluate every task, not only VQA and boxes")
