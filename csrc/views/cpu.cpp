@@ -123,31 +123,53 @@ struct Tables {
   }
 };
 
-// Row y of channel c of the global view.
-template <class T>
-void global_row(const uint8_t* canvas, const Outputs& out, const float* table, int c, int y, T* row) {
-  const int size = out.picture_size, ratio = size / out.view_size;
-  if (ratio % 2) {
-    const uint8_t* pixel = canvas + static_cast<int64_t>(y * ratio + ratio / 2) * size * 3 + ratio / 2 * 3 + c;
-    for (int x = 0; x < out.view_size; ++x, pixel += ratio * 3) row[x] = from_float<T>(table[*pixel]);
-    return;
-  }
-  const uint8_t* rows[4];
-  for (int j = 0; j < 4; ++j) {
-    rows[j] = canvas + static_cast<int64_t>(clamp_index(tap_start(y, ratio) + j, size)) * size * 3 + c;
-  }
-  for (int x = 0; x < out.view_size; ++x) {
-    const int start = tap_start(x, ratio);
-    int column[4];
-    for (int i = 0; i < 4; ++i) column[i] = clamp_index(start + i, size) * 3;
-    float taps[4];
-    for (int j = 0; j < 4; ++j) {
-      taps[j] = four_taps(table[rows[j][column[0]]], table[rows[j][column[1]]], table[rows[j][column[2]]],
-                          table[rows[j][column[3]]]);
+// Rows of the global view. The four lines it last filtered horizontally are kept: neighbouring rows share two at
+// ratio 2.
+class GlobalView {
+ public:
+  GlobalView(const uint8_t* canvas, const Outputs& out)
+      : canvas_(canvas), size_(out.picture_size), side_(out.view_size), ratio_(size_ / side_) {}
+
+  // Row y of channel c; `table` is u8 -> fp16 value of that channel.
+  template <class T>
+  void row(const float* table, int c, int y, T* result) {
+    if (ratio_ % 2) {
+      const uint8_t* pixel = canvas_ + (static_cast<int64_t>(y * ratio_ + ratio_ / 2) * size_ + ratio_ / 2) * 3 + c;
+      for (int x = 0; x < side_; ++x, pixel += ratio_ * 3) result[x] = from_float<T>(table[*pixel]);
+      return;
     }
-    row[x] = from_float<T>(rounded<Half>(four_taps(taps[0], taps[1], taps[2], taps[3])));
+    const float* lines[4];
+    for (int j = 0; j < 4; ++j) lines[j] = line(table, c, clamp_index(tap_start(y, ratio_) + j, size_));
+    for (int x = 0; x < side_; ++x) {
+      result[x] = from_float<T>(rounded<Half>(four_taps(lines[0][x], lines[1][x], lines[2][x], lines[3][x])));
+    }
   }
-}
+
+ private:
+  // Row y of the canvas, filtered horizontally. Four neighbours fall into four slots.
+  const float* line(const float* table, int c, int y) {
+    const int64_t key = static_cast<int64_t>(c) * size_ + y;
+    std::vector<float>& slot = lines_[y % 4];
+    if (keys_[y % 4] == key) return slot.data();
+    keys_[y % 4] = key;
+    slot.resize(side_);
+    pixels_.resize(size_ + 2);  // one more at each end, repeated
+    const uint8_t* pixel = canvas_ + static_cast<int64_t>(y) * size_ * 3 + c;
+    for (int x = 0; x < size_; ++x) pixels_[x + 1] = table[pixel[x * 3]];
+    pixels_.front() = pixels_[1];
+    pixels_.back() = pixels_[size_];
+    for (int x = 0; x < side_; ++x) {
+      const float* taps = pixels_.data() + 1 + tap_start(x, ratio_);
+      slot[x] = four_taps_of_half(taps[0], taps[1], taps[2], taps[3]);
+    }
+    return slot.data();
+  }
+
+  const uint8_t* canvas_;
+  int size_, side_, ratio_;
+  std::vector<float> pixels_, lines_[4];
+  int64_t keys_[4] = {-1, -1, -1, -1};
+};
 
 template <class T>
 void cut(const uint8_t* canvas, const Outputs& out, int threads) {
@@ -157,12 +179,13 @@ void cut(const uint8_t* canvas, const Outputs& out, int threads) {
   T* clip = static_cast<T*>(out.clip);
 
   parallel_for(planes * side, grain, threads, [&](int64_t begin, int64_t end) {
+    GlobalView global(canvas, out);
     for (int64_t index = begin; index < end; ++index) {
       const int y = static_cast<int>(index % side), c = static_cast<int>(index / side % 3);
       const int v = static_cast<int>(index / side / 3);
       T* row = clip + index * side;
       if (v == 0 && ratio > 1) {
-        global_row(canvas, out, tables.global[c], c, y, row);
+        global.row(tables.global[c], c, y, row);
       } else {
         const Corner corner = crop_corner(v, ratio, side);
         const uint8_t* pixel = canvas + (static_cast<int64_t>(corner.y + y) * size + corner.x) * 3 + c;

@@ -156,6 +156,12 @@ SPHINX_HD float four_taps(float p0, float p1, float p2, float p3) {
   return fused(p3, outer, fused(p2, inner, fused(p0, outer, p1 * inner)));
 }
 
+// The same for fp16 pixels: 11 bits times a multiple of 1/32 below 1 is exact in fp32, so nothing is left to fuse.
+SPHINX_HD float four_taps_of_half(float p0, float p1, float p2, float p3) {
+  const float outer = -3.0f / 32, inner = 19.0f / 32;
+  return p1 * inner + p0 * outer + p2 * inner + p3 * outer;
+}
+
 // First of the four pixels for output i of an even ratio; may be -1, and +3 may be the extent: clamp each.
 SPHINX_HD int tap_start(int i, int ratio) {
   return i * ratio + ratio / 2 - 2;
