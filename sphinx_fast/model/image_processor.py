@@ -61,7 +61,7 @@ class SphinxImageProcessor(BaseImageProcessor):
         """uint8 [h, w, 3] pictures -> fp32 views [B*V, 3, view_size, view_size]."""
         from sphinx_fast.ops import views
 
-        tensors = [torch.from_numpy(np.ascontiguousarray(picture)) for picture in pictures]
+        tensors = [torch.from_numpy(np.require(picture, requirements=["C", "W"])) for picture in pictures]
         return views(tensors, picture_size=self.picture_size, view_size=self.view_size)
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
