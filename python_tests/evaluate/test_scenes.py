@@ -20,7 +20,7 @@ def embedded():
 
 @pytest.mark.parametrize("task", ["vqa", "refer"])
 def test_seeing_is_better_than_blind(embedded, task):
-    items = list(islice(examples(task, split="validation"), 64))
+    items = list(islice(examples(task, split="validation"), 48))
     seeing, blind = (evaluate_task(*embedded, items, blind=blind)["score"] for blind in (False, True))
     assert seeing > blind
 

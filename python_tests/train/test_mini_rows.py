@@ -5,10 +5,12 @@ from random import Random
 import torch
 
 from sphinx_fast.data.scene_questions import questions
+from sphinx_fast.data.scene_targets import dense_targets
+from sphinx_fast.data.scenes import scene
 from sphinx_fast.infer import EMBEDDED_MODEL
 from sphinx_fast.model import SphinxForConditionalGeneration, preset
 from sphinx_fast.model.tokenizer import SphinxTokenizer
-from sphinx_fast.train.mini_language import answer_loss
+from sphinx_fast.train.mini_language import Pointer, answer_loss
 from sphinx_fast.train.mini_rows import RowMaker, soft_labels
 from sphinx_fast.train.mini_tokenizer import coordinates
 from sphinx_fast.train.scene_pool import light_scenes
@@ -65,8 +67,33 @@ def test_answer_loss_counts_answers_only():
     rows = maker.rows(list(light_scenes(0, 1)), Random(0))
     visual = torch.randn(config.vision_config.tokens_per_picture, config.text_config.hidden_size)
     targets = soft_labels(tokenizer, 1024, 0.015)
-    loss, _ = answer_loss(model, rows, visual, targets)
+    loss, _ = answer_loss(model, rows, visual, targets, rows.mask())
     rows.weights *= 3.0  # only the ratio of weights counts
-    again, _ = answer_loss(model, rows, visual, targets)
+    again, _ = answer_loss(model, rows, visual, targets, rows.mask())
     torch.testing.assert_close(loss, again)
     assert 5 < float(loss) < 9  # near ln 1024 before any training
+
+
+def test_pointer_loss_is_the_attention_on_the_box():
+    torch.manual_seed(0)
+    config = preset("sphinx-mini")
+    model = SphinxForConditionalGeneration(config).eval()
+    model.set_attn_implementation("eager")
+    tokenizer = SphinxTokenizer.from_pretrained(EMBEDDED_MODEL)
+    drawn = list(light_scenes(0, 2))
+    rows = RowMaker(tokenizer, 215, 1024, 160).rows(drawn, Random(0))
+    pointer, mask = Pointer(model), rows.mask()
+    outputs = model.model(
+        input_ids=rows.input_ids,
+        visual_tokens=torch.randn(430, config.text_config.hidden_size),
+        attention_mask=mask,
+        position_ids=rows.positions,
+        output_attentions=True,
+    )
+    row, at = rows.pointers.unbind(-1)
+    weights = outputs.attentions[Pointer.LAYER][row, :, at][:, list(Pointer.HEADS)]
+    patches = weights[..., pointer.first : pointer.first + 36]
+    expected = -(patches * pointer.targets(rows.pointed).unsqueeze(1)).sum(-1).log().mean()
+    torch.testing.assert_close(pointer.loss(rows, mask), expected)
+    owned = pointer.targets(torch.tensor([drawn[0].square_box(thing.box) for thing in drawn[0].things])).any(0)
+    assert torch.equal(owned.view(6, 6), torch.from_numpy(dense_targets(scene(0), 6)["thing"] > 0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class DenseHeads(nn.Module):
     def __init__(self, channels: int, whole_channels: int) -> None:
         super().__init__()
         self.labels = nn.ModuleDict({name: nn.Linear(channels, CLASSES[name] + 1) for name in LABELS if channels})
-        self.boxes = nn.Linear(channels, 6 * BINS) if channels else None
+        self.boxes: Any = nn.Linear(channels, 6 * BINS) if channels else None
         self.whole = nn.Linear(whole_channels, sum(WHOLE_CLASSES))
 
     def whole_loss(self, features: Tensor, targets: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ def start_weights(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def start_positions(tower: VisionTower, name: str) -> None:
+def start_positions(tower: Any, name: str) -> None:
     """Position tables start as sines: from noise of 0.02 a box takes hundreds of steps to be found."""
     grid = tower.config.grid_size
     if name == "clip":
@@ -127,7 +128,7 @@ def relative_boxes(boxes: Tensor, grid: int) -> Tensor:
     return (boxes - middles) + 0.5
 
 
-def encoder_features(tower: VisionTower, name: str) -> Callable[[Tensor], Tensor]:
+def encoder_features(tower: Any, name: str) -> Callable[[Tensor], Tensor]:
     """Views [N, 3, s, s] -> tokens of the encoder `name`, class token first (Q-Former: the queries)."""
     grid = tower.config.grid_size
     if name == "clip":
@@ -157,8 +158,7 @@ def dense_loss(name: str, tokens: Tensor, heads: DenseHeads, batch: dict[str, Te
     boxes = relative_boxes(batch["boxes"], grid) if name == "convnext" else batch["boxes"]
     losses = heads.patch_losses(tokens[:, 1:], batch["labels"], boxes)
     losses["whole"] = heads.whole_loss(tokens[:, 0], batch["wholes"])
-    total = sum(LABEL_WEIGHTS.get(key, 1.0) * value for key, value in losses.items())
-    return total, losses
+    return sum((LABEL_WEIGHTS.get(key, 1.0) * value for key, value in losses.items()), torch.zeros(())), losses
 
 
 def pool_batch(pool: dict[str, np.ndarray], indices: np.ndarray, rng: np.random.Generator, view_size: int) -> dict:

@@ -31,7 +31,7 @@ from sphinx_fast.model.sphinx import SphinxForConditionalGeneration
 from sphinx_fast.model.tokenizer import SphinxTokenizer
 from sphinx_fast.train.dense import ENCODERS, encoder_features, train_encoder
 from sphinx_fast.train.mini_language import WORDS, Features, align_fusion, start_language_model, train_language
-from sphinx_fast.train.mini_tokenizer import SPACE, write_tokenizer
+from sphinx_fast.train.mini_tokenizer import SPACE, pieces_of, write_tokenizer
 from sphinx_fast.train.scene_pool import cut_views, draw_pool, light_scenes, load_pool
 from sphinx_fast.vision import VisionTower
 
@@ -45,10 +45,10 @@ class Recipe:
     encoder_rates: tuple[float, ...] = (8e-4, 1.5e-3, 8e-4, 8e-4)
     encoder_batch: int = 8  # pictures; two views of each
     featured: int = 4_000  # scenes whose features are kept for the language model
-    align_steps: int = 150
+    align_steps: int = 400
     align_batch: int = 32
     align_rate: float = 3e-3
-    language_steps: int = 1_400
+    language_steps: int = 1_500
     language_batch: int = 8
     language_rate: float = 1.5e-3
     text_length: int = 240
@@ -99,7 +99,7 @@ def dense_encoder(work: Path, name: str, recipe: Recipe, seed: int, position: in
 def write_features(work: Path, name: str, tower: VisionTower, pool: dict[str, np.ndarray], count: int) -> None:
     """fp16 features of all views of the first `count` scenes: [N, V, tokens, C]."""
     features, size = encoder_features(tower, name), tower.config.view_size
-    file: np.ndarray | None = None
+    file: np.memmap | None = None
     part, chunk = work / f"{name}.part.npy", 20
     for at in tqdm(range(0, count, chunk), desc=f"features {name}", mininterval=5):
         views = cut_views(torch.from_numpy(np.array(pool["squares"][at : min(at + chunk, count)])), size)
@@ -132,7 +132,7 @@ def language(work: Path, recipe: Recipe, seed: int, rank: int, world: int) -> No
     model = SphinxForConditionalGeneration(config)
     start_language_model(model)
     features = load_features(work, recipe.featured)
-    pieces = tokenizer.sentencepiece
+    pieces = pieces_of(tokenizer)
     word_ids = {
         name: torch.tensor([pieces.piece_to_id(SPACE + word) for word in words]) for name, words in WORDS.items()
     }
@@ -162,7 +162,7 @@ def in_processes(function: Callable[..., None], rows: Sequence[tuple[Any, ...]],
     if at_once == 0:
         return
     context = multiprocessing.get_context("spawn")
-    waiting, running = list(rows), []
+    waiting, running = list(rows), list[Any]()
     while waiting or running:
         while waiting and len(running) < at_once:
             process = context.Process(target=function, args=waiting.pop(0))
@@ -187,7 +187,7 @@ def assemble(work: Path, out: Path, recipe: Recipe) -> None:
     model.generation_config.max_new_tokens = 160
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(part)
+    model.bfloat16().save_pretrained(part)
     SphinxProcessor.from_config(config, train_tokenizer(work, recipe, config)).save_pretrained(part)
     if out.exists():
         shutil.rmtree(out)

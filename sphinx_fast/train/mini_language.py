@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from tqdm import tqdm
+from transformers.models.llama.modeling_llama import rotate_half
 
 from sphinx_fast.data.scene_drawing import COLOURS, DEFECTS, SHAPES
 from sphinx_fast.data.scene_targets import SIZE_NAMES
@@ -25,6 +27,7 @@ from sphinx_fast.vision.tower import VisionFeatures
 
 WORDS = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZE_NAMES[1:], "defect": DEFECTS}
 COORDINATE_SOFTNESS = 0.015
+POINTER_WEIGHT = 0.5
 
 
 class Features:
@@ -44,7 +47,7 @@ class Features:
 
 
 @torch.no_grad()
-def start_language_model(model: SphinxForConditionalGeneration) -> None:
+def start_language_model(model: Any) -> None:
     """Attention starts by likeness (query = key projection), and the output head reads what the embedding writes."""
     start_weights(model.model.language_model)
     start_weights(model.model.fusion)
@@ -57,7 +60,7 @@ def start_language_model(model: SphinxForConditionalGeneration) -> None:
 
 
 def align_fusion(
-    model: SphinxForConditionalGeneration,
+    model: Any,
     features: Features,
     pool: dict[str, np.ndarray],
     word_ids: dict[str, Tensor],
@@ -109,17 +112,65 @@ def align_fusion(
         model.lm_head.weight.copy_(embedding * width**-0.5)
 
 
+class Pointer:
+    """Two attention heads that learn to look at what a box is about.
+
+    While a coordinate is being said, heads `HEADS` of one layer are asked to put their weight on the patches of the
+    global view that lie in the box. The model is unchanged: this only reads its queries and keys during training.
+    """
+
+    LAYER, HEADS = 2, (0, 1)
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.vision_config
+        self.attention = model.model.language_model.layers[self.LAYER].self_attn
+        self.first = 2 + config.view_tags + config.num_query_tokens  # BOS, start tag, queries, class token
+        at = (torch.arange(config.grid_size) + 0.5) / config.grid_size
+        y, x = torch.meshgrid(at, at, indexing="ij")
+        self.middles, self.half = torch.stack([x, y], dim=-1).flatten(0, 1), 0.5 / config.grid_size
+        self.seen: dict[str, Any] = {}
+        self.attention.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def _remember(self, module: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
+        self.seen = {"hidden": named["hidden_states"], "rotary": named["position_embeddings"]}
+
+    def targets(self, boxes: Tensor) -> Tensor:
+        """Boxes [K, 4] -> [K, P] bool: patches whose middle lies in the box, and the one that holds its middle."""
+        inside = ((self.middles >= boxes[:, None, :2]) & (self.middles <= boxes[:, None, 2:])).all(-1)
+        middle = (boxes[:, :2] + boxes[:, 2:]) / 2
+        return inside | ((self.middles - middle[:, None]).abs() <= self.half).all(-1)
+
+    def loss(self, rows: Rows, mask: Tensor) -> Tensor:
+        """Mean of -log(attention on the right patches) over the heads and the coordinates of the batch."""
+        if not len(rows.pointers):
+            return torch.zeros(())
+        row, at = rows.pointers.unbind(-1)
+        hidden, (cos, sin) = self.seen["hidden"], self.seen["rotary"]
+        size, heads = self.attention.head_dim, list(self.HEADS)
+        cos, sin = cos.expand(len(hidden), -1, -1).unsqueeze(2), sin.expand(len(hidden), -1, -1).unsqueeze(2)
+        keys = self.attention.k_proj(hidden).unflatten(-1, (-1, size))[:, :, heads]
+        queries = self.attention.q_proj(hidden[row, at]).unflatten(-1, (-1, size))[:, heads]
+        keys = keys * cos + rotate_half(keys) * sin
+        queries = queries * cos[row, at] + rotate_half(queries) * sin[row, at]
+        scores = torch.einsum("khd,kthd->kht", queries, keys[row]) * size**-0.5
+        scores = (scores + mask[row, 0, at].unsqueeze(1)).log_softmax(-1)
+        patches = scores[..., self.first : self.first + len(self.middles)]
+        wrong = ~self.targets(rows.pointed).unsqueeze(1)
+        return -patches.masked_fill(wrong, torch.finfo(patches.dtype).min).logsumexp(-1).mean()
+
+
 def answer_loss(
     model: SphinxForConditionalGeneration,
     rows: Rows,
     visual_tokens: Tensor,
     targets: Tensor,
+    mask: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Weighted soft cross-entropy over answer tokens, and the share of them whose best guess is right."""
     outputs = model.model(
         input_ids=rows.input_ids,
         visual_tokens=visual_tokens,
-        attention_mask=rows.mask(),
+        attention_mask=mask,
         position_ids=rows.positions,
         use_cache=False,
     )
@@ -169,16 +220,19 @@ def train_language(
     parameters = [p for part in parts for p in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
     order = np.concatenate([generator.permutation(len(features)) for _ in range(1 + steps * batch // len(features))])
-    smooth_loss = smooth_right = 0.0
+    pointer = Pointer(model)
+    smooth = {"loss": 0.0, "tokens right": 0.0, "pointer": 0.0}
     model.train()
     with tqdm(total=steps, desc="language", mininterval=5, disable=rank > 0) as bar:
         for step in range(steps):
             picked = np.sort(order[step * batch + rank : (step + 1) * batch : world])
             rows = maker.rows([scenes[k] for k in picked], rng)
             visual_tokens = model.model.fusion(features.batch(picked))
-            loss, right = answer_loss(model, rows, visual_tokens, targets)
+            mask = rows.mask()
+            loss, right = answer_loss(model, rows, visual_tokens, targets, mask)
+            pointing = pointer.loss(rows, mask)
             optimizer.zero_grad()
-            loss.backward()
+            (loss + POINTER_WEIGHT * pointing).backward()
             if world > 1:
                 average_gradients(parameters)
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -186,9 +240,9 @@ def train_language(
                 group["lr"] = rate * schedule(step, steps, 30)
             optimizer.step()
             keep = min(0.97, step / (step + 1))
-            smooth_loss = keep * smooth_loss + (1 - keep) * loss.item()
-            smooth_right = keep * smooth_right + (1 - keep) * right.item()
+            for name, value in zip(smooth, (loss, right, pointing), strict=True):
+                smooth[name] = keep * smooth[name] + (1 - keep) * value.item()
             bar.update()
             if step % 10 == 0:
-                bar.set_postfix_str(f"loss {smooth_loss:.3f} tokens right {smooth_right:.3f}")
+                bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in smooth.items()))
     model.eval()

@@ -14,11 +14,14 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
+from sentencepiece import SentencePieceProcessor
+
 from sphinx_fast.data.scene_drawing import COLOURS, DEFECTS, SHAPES, TEXTURES
 from sphinx_fast.data.scene_questions import corpus
 from sphinx_fast.data.scene_words import NUMERALS
 from sphinx_fast.data.scenes import WORDS
 from sphinx_fast.model.conversation import SYSTEM
+from sphinx_fast.model.tokenizer import SphinxTokenizer
 
 SPACE = "\u2581"
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # piece types of sentencepiece_model.proto
@@ -110,6 +113,13 @@ def training_texts(scenes: int) -> Counter[str]:
         turn = not turn
     texts[(" " + SYSTEM).replace(" ", SPACE)] += 40 * scenes
     return texts
+
+
+def pieces_of(tokenizer: SphinxTokenizer) -> SentencePieceProcessor:
+    """SentencePiece on the tokenizer's file. ValueError where there is none."""
+    if tokenizer.sentencepiece is None:
+        raise ValueError("the tokenizer has no tokenizer.model")
+    return tokenizer.sentencepiece
 
 
 def _varint(value: int) -> bytes:

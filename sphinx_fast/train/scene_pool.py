@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,12 +117,12 @@ def draw_pool(folder: Path, scenes: int, vision: SphinxVisionConfig, first: int 
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(first, first + scenes, CHUNK)
     counts = [min(CHUNK, first + scenes - start) for start in starts]
-    files: list[np.ndarray] = []
+    files: list[np.memmap] = []
     at = 0
     with ExitStack() as stack:
         if workers:
             context = multiprocessing.get_context("spawn")
-            draw = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context)).map
+            draw: Any = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context)).map
         else:
             draw = map
         bar = stack.enter_context(tqdm(total=scenes, desc="draw scenes"))
