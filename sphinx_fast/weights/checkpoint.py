@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from sphinx_fast.weights.foreign import WeightsError, open_weights
+from sphinx_fast.weights.foreign import WeightsError, open_weights, read_json
 
 PathLike = str | Path
 
@@ -45,7 +44,7 @@ class Checkpoint(Mapping[str, Tensor]):
             return [self.path]
         for name in ("config.json", "open_clip_config.json"):
             if (self.path / name).is_file():
-                self.config = _read_json(self.path / name)
+                self.config = read_json(self.path / name)
                 break
         for name in FOLDER_FILES:
             file = self.path / name
@@ -53,7 +52,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 continue
             if not name.endswith(".index.json"):
                 return [file]
-            table = _read_json(file).get("weight_map")
+            table = read_json(file).get("weight_map")
             if not isinstance(table, dict) or not table:
                 raise WeightsError(f"{file}: no weight_map")
             shards = sorted({str(shard) for shard in table.values()})
@@ -85,13 +84,3 @@ class Checkpoint(Mapping[str, Tensor]):
     def model_type(self) -> str:
         """transformers' name of the architecture, "" when the path is a bare state dict or another library's folder."""
         return str(self.config.get("model_type", ""))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise WeightsError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path}: expected a JSON object")
-    return content

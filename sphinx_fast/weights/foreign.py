@@ -5,6 +5,7 @@ Tensors are memory-mapped, so opening a 20 GB shard costs no memory; a tensor is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,19 @@ def open_weights(path: str | Path) -> Mapping[str, Tensor]:
     for key, value in content.items():
         if not isinstance(value, Tensor):
             raise WeightsError(f"{path}: {key} is {type(value).__name__}, not a tensor")
+    return content
+
+
+def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
+    """The JSON object in a file; {} for a missing one where that is fine. Raises WeightsError naming the file."""
+    if missing_ok and not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise WeightsError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: expected a JSON object")
     return content
 
 

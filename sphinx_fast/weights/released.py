@@ -5,7 +5,6 @@ Nothing is read but shapes; the tensors are memory-mapped and loaded when they a
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from sphinx_fast.weights.encoders import (
     prefixed,
     qformer_from_blip2,
 )
-from sphinx_fast.weights.foreign import WeightsError, open_weights
+from sphinx_fast.weights.foreign import WeightsError, open_weights, read_json
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama_ens": {"picture_size": 224},
@@ -103,7 +102,7 @@ class ReleasedFolder:
         if not path.is_dir():
             raise WeightsError(f"{path}: no such folder")
         files = _shard_files(path)
-        variant = variant or _read_json(path / "meta.json").get("llama_type")
+        variant = variant or read_json(path / "meta.json", missing_ok=True).get("llama_type")
         if variant is None:
             raise WeightsError(f"{path}: no meta.json with a llama_type; name the variant: {', '.join(VARIANTS)}")
         if variant not in VARIANTS:
@@ -114,7 +113,13 @@ class ReleasedFolder:
         for file in files:
             tensors = open_weights(file)
             shards.append((file, {key.removeprefix(PREFIX): tensors[key] for key in tensors}))
-        released = cls(path, variant, _read_json(path / "config.json"), _read_json(path / "encoders.json"), shards)
+        released = cls(
+            path,
+            variant,
+            read_json(path / "config.json", missing_ok=True),
+            read_json(path / "encoders.json", missing_ok=True),
+            shards,
+        )
         released._check_shards()
         return released
 
@@ -269,18 +274,6 @@ def rotate_half_layout(weight: Tensor, heads: int) -> Tensor:
     """wq or wk [H * head_dim, D]: rows from RoPE's pairs (2i, 2i+1) to rotate-half's (i, i + head_dim/2)."""
     rows, dim = weight.shape
     return weight.view(heads, rows // heads // 2, 2, dim).transpose(1, 2).reshape(rows, dim)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise WeightsError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path}: expected a JSON object")
-    return content
 
 
 def _shard_files(path: Path) -> list[Path]:
