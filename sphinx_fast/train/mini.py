@@ -48,7 +48,7 @@ class Recipe:
     align_steps: int = 400
     align_batch: int = 32
     align_rate: float = 3e-3
-    language_steps: int = 1_500
+    language_steps: int = 4_000
     language_batch: int = 8
     language_rate: float = 1.5e-3
     text_length: int = 240

@@ -27,7 +27,7 @@ from sphinx_fast.vision.tower import VisionFeatures
 
 WORDS = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZE_NAMES[1:], "defect": DEFECTS}
 COORDINATE_SOFTNESS = 0.015
-POINTER_WEIGHT = 0.5
+POINTER_WEIGHT = 1.0
 
 
 class Features:
