@@ -4,5 +4,5 @@
 #ifdef __CUDACC__
 #define SPHINX_HD __host__ __device__ __forceinline__
 #else
-#define SPHINX_HD inline
+#define SPHINX_HD inline __attribute__((always_inline))
 #endif

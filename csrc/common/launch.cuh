@@ -35,6 +35,11 @@ inline unsigned blocks_for(int64_t count) {
   return static_cast<unsigned>(std::clamp<int64_t>((count + kBlock - 1) / kBlock, 1, 1 << 16));
 }
 
+// Shared memory whose size the launch decides.
+#ifndef SPHINX_DYNAMIC_SHARED
+#define SPHINX_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
 #define SPHINX_FOR_EACH(index, count)                                                                \
   for (int64_t index = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; index < (count); \
        index += static_cast<int64_t>(gridDim.x) * blockDim.x)

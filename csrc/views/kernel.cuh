@@ -1,134 +1,260 @@
-// The room views on the GPU: plain and correct, one element a thread (four in the cut). Compiled without contraction.
+// The room views on the GPU: one launch from the pictures' bytes to every view of every encoder.
+//
+// A block makes one tile of one canvas, with the border that its neighbours' filters reach into, and writes all that
+// follows from it. Weights are computed where they are used, in double as Pillow does, so nothing is uploaded:
+//
+//   strip by strip: rows of the picture -> planar bytes in shared memory -> horizontal sums, rounded to uint8
+//                   -> added to the vertical sums of the tile
+//   at the end:     the tile's pixels, as uint8 -> tables of what a byte becomes -> crops, ConvNeXt's and DINOv2's
+//                   views, and the tile's part of the global view
+//
+// Where Pillow goes through the columns first, the same code runs on the transposed picture. Compiled without
+// contraction of a * b + c.
 #pragma once
 
 #include "common/launch.cuh"
 #include "common/vec.cuh"
 #include "views/args.h"
 #include "views/math.h"
+#include "views/tile.cuh"
 
 namespace sphinx::views {
 
-// What the two passes read, in the workspace: weights [out, max_taps], and where each axis meets the picture [out].
-struct Taps {
-  int32_t* weights;
-  Tap *x, *y;
-  int max_taps;
+// --- what is written ------------------------------------------------------------------------------------------------
+struct Range {
+  int begin, end;
 };
 
-// One thread per output pixel of the axes.
-__global__ void taps_kernel(Picture picture, Filter filter, int out, Taps taps) {
-  SPHINX_FOR_EACH(i, out) {
-    int32_t* const weights = taps.weights + i * taps.max_taps;
-    const Window window = window_of(filter, i);
-    window_weights(filter, i, window, weights);
-    taps.x[i] = split_window(window, weights, pad_before(filter.in, picture.width), picture.width);
-    taps.y[i] = split_window(window, weights, pad_before(filter.in, picture.height), picture.height);
-  }
+// Outputs i of a monotone map source(i) with begin <= source(i) < end; `guess` is where to start looking.
+template <class Map>
+__device__ Range outputs_of(int begin, int end, int count, int64_t in, const Map& source) {
+  const auto first_from = [&](int at) {
+    int i = static_cast<int>(static_cast<int64_t>(at) * count / in) - 2;
+    i = i < 0 ? 0 : i;
+    while (i < count && source(i) < at) ++i;
+    return i;
+  };
+  return {first_from(begin), first_from(end)};
 }
 
-// Rows of the picture, and one of padding after them -> rows [height + 1, out, 3]: one thread per pixel.
-__global__ void horizontal_kernel(Picture picture, int out, Taps taps, uint8_t* rows) {
-  SPHINX_FOR_EACH(index, (picture.height + 1) * out) {
-    const int64_t y = index / out, x = index % out;
-    const Tap tap = taps.x[x];
-    const bool padding = y == picture.height;
-    const int32_t* weights = taps.weights + x * taps.max_taps + tap.skip;
-    const uint8_t* pixel = picture.data + y * picture.stride_h + tap.first * picture.stride_w;
-    int32_t sums[3];
-#pragma unroll
-    for (int c = 0; c < 3; ++c) sums[c] = kRoundHalf + (padding ? tap.total : tap.pad) * pad_colour(c);
-    for (int i = 0; i < (padding ? 0 : tap.count); ++i, pixel += picture.stride_w) {
-#pragma unroll
-      for (int c = 0; c < 3; ++c) sums[c] += pixel[c * picture.stride_c] * weights[i];
-    }
-#pragma unroll
-    for (int c = 0; c < 3; ++c) rows[index * 3 + c] = clip8(sums[c]);
-  }
+template <class T>
+__device__ T* element(void* output, int64_t image, int c, int side, int y, int x) {
+  return static_cast<T*>(output) + ((image * 3 + c) * side + y) * side + x;
 }
 
-// rows -> canvas [out, out, 3]: one thread per byte.
-__global__ void vertical_kernel(int64_t height, int out, Taps taps, const uint8_t* rows, uint8_t* canvas) {
-  const int64_t row_bytes = static_cast<int64_t>(out) * 3;
-  SPHINX_FOR_EACH(index, out * row_bytes) {
-    const int64_t y = index / row_bytes, x = index % row_bytes;
-    const Tap tap = taps.y[y];
-    const int32_t* weights = taps.weights + y * taps.max_taps + tap.skip;
-    int32_t sum = kRoundHalf + rows[height * row_bytes + x] * tap.pad;
-    for (int i = 0; i < tap.count; ++i) sum += rows[(tap.first + i) * row_bytes + x] * weights[i];
-    canvas[index] = clip8(sum);
-  }
-}
-
-// u8 -> normalised, and normalised rounded to fp16 (what the global view reads); filled by each block for itself.
-struct Tables {
-  float exact[3][256], half[3][256];
+struct Core {  // the tile without its border
+  int y, x, height, width;
+  int top, left;  // of what shared.tile holds
 };
-
-__device__ __forceinline__ void fill(Tables& tables) {
-  for (int i = threadIdx.x; i < 3 * 256; i += blockDim.x) {
-    const float value = normalise(i % 256, i / 256);
-    tables.exact[i / 256][i % 256] = value;
-    tables.half[i / 256][i % 256] = rounded<Half>(value);
-  }
-  __syncthreads();
-}
-
-// Element (y, x) of the global view of one channel; `canvas` points at the channel of the first pixel.
-__device__ __forceinline__ float global_pixel(const uint8_t* canvas, const float* table, int size, int ratio, int y,
-                                              int x) {
-  const int64_t row_bytes = static_cast<int64_t>(size) * 3;
-  if (ratio % 2) return table[canvas[(y * ratio + ratio / 2) * row_bytes + (x * ratio + ratio / 2) * 3]];
-  const int y0 = tap_start(y, ratio), x0 = tap_start(x, ratio);
-  float taps[4];
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const uint8_t* row = canvas + clamp_index(y0 + j, size) * row_bytes;
-    float pixels[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) pixels[i] = table[row[clamp_index(x0 + i, size) * 3]];
-    taps[j] = four_taps(pixels[0], pixels[1], pixels[2], pixels[3]);
-  }
-  return rounded<Half>(four_taps(taps[0], taps[1], taps[2], taps[3]));
-}
 
 constexpr int kVec = 4;
 
-// canvas -> clip and dinov2 [V, 3, side, side]: four neighbours in a row a thread.
 template <class T>
-__global__ void cut_kernel(const uint8_t* canvas, Outputs out) {
-  __shared__ Tables tables;
-  fill(tables);
-  const int size = out.picture_size, side = out.view_size, ratio = size / side, groups = (side + kVec - 1) / kVec;
-  SPHINX_FOR_EACH(index, static_cast<int64_t>(num_views(size, side)) * 3 * side * groups) {
-    const int64_t line = index / groups;
-    const int x0 = static_cast<int>(index % groups) * kVec, y = static_cast<int>(line % side);
-    const int c = static_cast<int>(line / side % 3), v = static_cast<int>(line / side / 3);
-    const int count = side - x0 < kVec ? side - x0 : kVec;
-    const Corner corner = crop_corner(v, ratio, side);
+__device__ void write_crops(const Outputs& out, int64_t first_image, const Core& core, const Shared& shared) {
+  const int side = out.view_size, ratio = out.picture_size / side;
+  const int64_t image = first_image + (ratio == 1 ? 0 : 1 + core.y / side * ratio + core.x / side);
+  const int y0 = core.y % side, x0 = core.x % side, groups = (core.width + kVec - 1) / kVec;
+  SPHINX_EACH(index, 3 * core.height * groups) {
+    const int x = index % groups * kVec, y = index / groups % core.height, c = index / groups / core.height;
+    const int count = core.width - x < kVec ? core.width - x : kVec;
+    const uint8_t* pixels = &shared.tile[c][core.y - core.top + y][core.x - core.left + x];
     Vec<T, kVec> clip{}, dinov2{};
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       if (i >= count) continue;
-      const int64_t pixel = static_cast<int64_t>(corner.y + y) * size + corner.x + x0 + i;
-      const bool global = v == 0 && ratio > 1;
-      clip.value[i] = from_float<T>(global ? global_pixel(canvas + c, tables.half[c], size, ratio, y, x0 + i)
-                                           : tables.exact[c][canvas[pixel * 3 + c]]);
-      dinov2.value[i] = dinov2_of(clip.value[i], c);
+      clip.value[i] = from_float<T>(shared.exact[c][pixels[i]]);
+      dinov2.value[i] = from_float<T>(shared.dinov2[c][pixels[i]]);
     }
-    store(static_cast<T*>(out.clip) + line * side + x0, clip, count);
-    if (out.dinov2) store(static_cast<T*>(out.dinov2) + line * side + x0, dinov2, count);
+    store(element<T>(out.clip, image, c, side, y0 + y, x0 + x), clip, count);
+    if (out.dinov2 && out.dinov2_size == side) {
+      store(element<T>(out.dinov2, image, c, side, y0 + y, x0 + x), dinov2, count);
+    }
+  }
+  if (!out.convnext) return;
+  const int target = out.convnext_size;
+  const auto source = [&](int i) { return nearest_index(i, side, target); };
+  const Range rows = outputs_of(y0, y0 + core.height, target, side, source);
+  const Range columns = outputs_of(x0, x0 + core.width, target, side, source);
+  const int height = rows.end - rows.begin, width = columns.end - columns.begin;
+  const bool exact = target == side && ratio > 1;  // the light variants' crops
+  SPHINX_EACH(index, 3 * height * width) {
+    const int x = columns.begin + index % width, y = rows.begin + index / width % height, c = index / width / height;
+    const uint8_t pixel = shared.tile[c][core.y - core.top + source(y) - y0][core.x - core.left + source(x) - x0];
+    *element<T>(out.convnext, image, c, target, y, x) =
+        from_float<T>(exact ? shared.exact[c][pixel] : shared.half[c][pixel]);
   }
 }
 
-// clip -> convnext [V, 3, target, target] by nearest pixels, through fp16.
-template <class T>
-__global__ void nearest_kernel(const T* clip, T* convnext, int64_t planes, int side, int target) {
-  SPHINX_FOR_EACH(index, planes * target * target) {
-    const int x = nearest_index(static_cast<int>(index % target), side, target);
-    const int y = nearest_index(static_cast<int>(index / target % target), side, target);
-    const int64_t plane = index / target / target;
-    convnext[index] = from_float<T>(rounded<Half>(to_float(clip[(plane * side + y) * side + x])));
+// F.interpolate(x.half(), count, mode="bicubic") of the canvas, the part whose second tap lies in the core:
+// use(c, y, x, value) for each element.
+template <class Use>
+__device__ void resample(int extent, int count, const Core& core, const Shared& shared, const Use& use) {
+  const auto source = [&](int i) { return four_taps_of(i, extent, count).index[1]; };
+  const Range rows = outputs_of(core.y, core.y + core.height, count, extent, source);
+  const Range columns = outputs_of(core.x, core.x + core.width, count, extent, source);
+  const int height = rows.end - rows.begin, width = columns.end - columns.begin;
+  SPHINX_EACH(index, 3 * height * width) {
+    const int x = columns.begin + index % width, y = rows.begin + index / width % height, c = index / width / height;
+    const FourTaps down = four_taps_of(y, extent, count), right = four_taps_of(x, extent, count);
+    float lines[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float pixels[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        pixels[i] = shared.half[c][shared.tile[c][down.index[j] - core.top][right.index[i] - core.left]];
+      }
+      lines[j] = four_taps(pixels[0], pixels[1], pixels[2], pixels[3], right.weight);
+    }
+    use(c, y, x, rounded<Half>(four_taps(lines[0], lines[1], lines[2], lines[3], down.weight)));
   }
+}
+
+template <class T>
+__device__ void write_resampled(const Outputs& out, int64_t first_image, const Core& core, const Shared& shared) {
+  const int size = out.picture_size, side = out.view_size, ratio = size / side;
+  const int target = out.convnext_size, dinov2 = out.dinov2_size;
+  if (ratio > 1) {
+    resample(size, side, core, shared, [&](int c, int y, int x, float value) {
+      const T clip = from_float<T>(value);
+      *element<T>(out.clip, first_image, c, side, y, x) = clip;
+      if (out.dinov2 && dinov2 == side) *element<T>(out.dinov2, first_image, c, side, y, x) = dinov2_of(clip, c);
+      if (!out.convnext) return;
+      const auto source = [&](int i) { return nearest_index(i, side, target); };
+      const Range rows = outputs_of(y, y + 1, target, side, source),
+                  columns = outputs_of(x, x + 1, target, side, source);
+      for (int v = rows.begin; v < rows.end; ++v) {
+        for (int u = columns.begin; u < columns.end; ++u)
+          *element<T>(out.convnext, first_image, c, target, v, u) = clip;
+      }
+    });
+  }
+  if (!out.dinov2 || dinov2 == side) return;
+  resample(size, dinov2, core, shared, [&](int c, int y, int x, float value) {
+    *element<T>(out.dinov2, first_image, c, dinov2, y, x) = dinov2_of(from_float<T>(value), c);
+  });
+  if (ratio == 1) return;
+  resample(size, dinov2 * ratio, core, shared, [&](int c, int y, int x, float value) {
+    const int64_t image = first_image + 1 + y / dinov2 * ratio + x / dinov2;
+    *element<T>(out.dinov2, image, c, dinov2, y % dinov2, x % dinov2) = dinov2_of(from_float<T>(value), c);
+  });
+}
+
+// --- the kernel -----------------------------------------------------------------------------------------------------
+// Tiles of a canvas do not cross its crops: `tiles_along` of them to a side.
+SPHINX_HD int tiles_along(int picture_size, int view_size) {
+  return picture_size / view_size * ((view_size + kTile - 1) / kTile);
+}
+
+SPHINX_HD Range core_range(int tile, int view_size) {
+  const int per_view = (view_size + kTile - 1) / kTile, begin = tile / per_view * view_size + tile % per_view * kTile;
+  const int end = tile / per_view * view_size + view_size;
+  return {begin, begin + kTile < end ? begin + kTile : end};
+}
+
+__device__ TileAxis tile_axis(int in, int before, int extent, int out, int begin, Range range) {
+  return {make_filter(in, out), before, extent, begin + range.begin, range.end - range.begin};
+}
+
+// Grid: (tiles, pictures). Dynamic shared memory: Shared, then batch.table_bytes.
+template <class T, int N>
+__global__ void __launch_bounds__(kBlock) views_kernel(const __grid_constant__ Batch<N> batch) {
+  SPHINX_DYNAMIC_SHARED(memory);
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  const Source& source = batch.sources[blockIdx.y];
+  const Outputs& out = batch.out;
+  const int size = out.picture_size, tiles = tiles_along(size, out.view_size);
+  const Range y = core_range(blockIdx.x / tiles, out.view_size), x = core_range(blockIdx.x % tiles, out.view_size);
+  const auto widened = [&](Range range) {
+    return Range{range.begin < kBefore ? 0 : range.begin - kBefore,
+                 range.end + kAfter > size ? size : range.end + kAfter};
+  };
+  const Range rows = widened(y), columns = widened(x);
+
+  const TileAxis vertical = tile_axis(source.in_y, source.before_y, source.height, source.out_y, source.begin_y, rows);
+  const TileAxis horizontal =
+      tile_axis(source.in_x, source.before_x, source.width, source.out_x, source.begin_x, columns);
+  const bool turned = source.vertical_first != 0;
+  Tile tile{turned ? vertical : horizontal,
+            turned ? horizontal : vertical,
+            {source.data, turned ? source.stride_w : source.stride_h, turned ? source.stride_h : source.stride_w,
+             source.stride_c},
+            0,
+            0,
+            0,
+            0,
+            false};
+  fill_tables<T>(shared);
+  fill_lines(tile.along, shared.along);
+  fill_lines(tile.across, shared.across);
+  __syncthreads();
+
+  int across_low = INT32_MAX, across_high = 0;
+  tile.low = INT32_MAX;
+  for (int i = 0; i < tile.along.count; ++i) {
+    const Tap& tap = shared.along[i].tap;
+    if (tap.count && tap.first < tile.low) tile.low = tap.first;
+    if (tap.count && tap.first + tap.count > tile.high) tile.high = tap.first + tap.count;
+    const int words = tap.count ? (tap.count + 3) / 4 + 1 : 0;
+    tile.quads = words > tile.quads ? words : tile.quads;
+  }
+  for (int j = 0; j < tile.across.count; ++j) {
+    const Tap& tap = shared.across[j].tap;
+    if (tap.count && tap.first < across_low) across_low = tap.first;
+    if (tap.count && tap.first + tap.count > across_high) across_high = tap.first + tap.count;
+    tile.taps = tap.count > tile.taps ? tap.count : tile.taps;
+  }
+  if (tile.low > tile.high) tile.low = tile.high;
+  const int pitch = ((tile.high - tile.low + 3) / 4) | 1;  // words, an odd number of them
+  const int fitting = kStageBytes / (3 * pitch * 4);
+  const int strip = fitting < kStripRows ? fitting : kStripRows;
+  tile.tabled = strip > 0 && kEdge * (tile.quads * 16 + tile.taps * 4) <= batch.table_bytes;
+  Quad* quads = reinterpret_cast<Quad*>(memory + sizeof(Shared));
+  int32_t* weights = reinterpret_cast<int32_t*>(quads + kEdge * tile.quads);
+
+  if (tile.tabled) fill_weights(tile, shared, quads, weights);
+  start_sums(tile, shared);
+  const int step = tile.tabled ? strip : kStripRows;
+  for (int row = across_low; row < across_high; row += step) {
+    const int count = across_high - row < step ? across_high - row : step;
+    if (tile.tabled) {
+      load_stage(tile, row, count, pitch, shared);
+      __syncthreads();
+      horizontal_staged(tile, count, pitch, quads, shared);
+    } else {
+      horizontal_direct(tile, row, count, shared);
+    }
+    __syncthreads();
+    add_strip(tile, row, count, weights, shared);
+    __syncthreads();
+  }
+  __syncthreads();
+
+  const int per_line = tile.along.count * 3;
+  SPHINX_EACH(index, tile.across.count * per_line) {
+    const int j = index / per_line, c = index % per_line / tile.along.count, i = index % tile.along.count;
+    shared.tile[c][turned ? i : j][turned ? j : i] = clip8(shared.sums[j * kStripPitch + c * 36 + i]);
+  }
+  __syncthreads();
+
+  const Core core{y.begin, x.begin, y.end - y.begin, x.end - x.begin, rows.begin, columns.begin};
+  if (batch.canvas) {
+    uint8_t* canvas = batch.canvas + static_cast<int64_t>(blockIdx.y) * size * size * 3;
+    SPHINX_EACH(index, core.height * core.width * 3) {
+      const int v = index / 3 / core.width, u = index / 3 % core.width, c = index % 3;
+      canvas[(static_cast<int64_t>(core.y + v) * size + core.x + u) * 3 + c] =
+          shared.tile[c][core.y - core.top + v][core.x - core.left + u];
+    }
+  }
+  if (!out.clip) return;
+  const int64_t image = static_cast<int64_t>(blockIdx.y) * num_views(size, out.view_size);
+  write_crops<T>(out, image, core, shared);
+  write_resampled<T>(out, image, core, shared);
+}
+
+inline int tiles_of(const Outputs& out) {
+  const int along = tiles_along(out.picture_size, out.view_size);
+  return along * along;
 }
 
 }  // namespace sphinx::views

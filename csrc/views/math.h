@@ -58,16 +58,20 @@ SPHINX_HD Window window_of(const Filter& filter, int64_t x) {
   return {static_cast<int32_t>(first), static_cast<int32_t>(end - first)};
 }
 
-// Fixed-point weights of output pixel x, `window.count` of them. The double weights are computed twice, not stored.
-SPHINX_HD void window_weights(const Filter& filter, int64_t x, Window window, int32_t* weights) {
-  const double center = window_center(filter, x);
+// A weight of the window in fixed point; `sum` is window_sum.
+SPHINX_HD int32_t fixed_weight(double weight, double sum) {
+  if (sum != 0) weight /= sum;
+  return static_cast<int32_t>(weight * (1 << kWeightBits) + (weight < 0 ? -0.5 : 0.5));
+}
+
+SPHINX_HD double window_weight(const Filter& filter, int64_t x, Window window, int i) {
+  return bicubic((i + window.first - window_center(filter, x) + 0.5) * filter.stretch);
+}
+
+SPHINX_HD double window_sum(const Filter& filter, int64_t x, Window window) {
   double sum = 0;
-  for (int i = 0; i < window.count; ++i) sum += bicubic((i + window.first - center + 0.5) * filter.stretch);
-  for (int i = 0; i < window.count; ++i) {
-    double weight = bicubic((i + window.first - center + 0.5) * filter.stretch);
-    if (sum != 0) weight /= sum;
-    weights[i] = static_cast<int32_t>(weight * (1 << kWeightBits) + (weight < 0 ? -0.5 : 0.5));
-  }
+  for (int i = 0; i < window.count; ++i) sum += window_weight(filter, x, window, i);
+  return sum;
 }
 
 constexpr int32_t kRoundHalf = 1 << (kWeightBits - 1);  // what an accumulator starts from
@@ -95,15 +99,17 @@ struct Tap {
   int32_t pad, total;    // sum of the padding's weights, and of all
 };
 
-SPHINX_HD Tap split_window(Window window, const int32_t* weights, int64_t before, int64_t extent) {
+// Output pixel x: `weight_at(i)` gives the window's weights, each once and in order.
+template <class WeightAt>
+SPHINX_HD Tap split_window(Window window, int64_t before, int64_t extent, const WeightAt& weight_at) {
   const int64_t left = window.first - before, right = left + window.count;
   const int64_t first = left > 0 ? left : 0, end = right < extent ? right : extent;
   Tap tap{static_cast<int32_t>(first), static_cast<int32_t>(end > first ? end - first : 0), 0, 0, 0};
   tap.skip = tap.count ? static_cast<int32_t>(first - left) : 0;
   for (int i = 0; i < window.count; ++i) {
-    const bool inside = i >= tap.skip && i < tap.skip + tap.count;
-    tap.total += weights[i];
-    tap.pad += inside ? 0 : weights[i];
+    const int32_t weight = weight_at(i);
+    tap.total += weight;
+    tap.pad += i >= tap.skip && i < tap.skip + tap.count ? 0 : weight;
   }
   return tap;
 }
@@ -136,12 +142,42 @@ SPHINX_HD T dinov2_of(T x, int c) {
   return from_float<T>(y / rounded<T>(dinov2_std(c)));
 }
 
-// --- the global view: bicubic (a = -0.75), not antialiased, of the fp16 picture
-// ----------------------------------------- For a whole ratio r the sampling point falls on pixel r*i + r/2 when r is
-// odd, and midway between r*i + r/2 - 1 and the next when r is even: the taps are then [-3, 19, 19, -3] / 32 on four
-// pixels, clamped to the picture.
+// --- bicubic without antialiasing (a = -0.75) of the fp16 picture ---------------------------------------------------
+// What F.interpolate(x.half(), size, mode="bicubic") computes on a CPU: four taps per axis, weights rounded to fp16,
+// horizontal sums and vertical sums in fp32 in the order of four_taps, the result rounded to fp16. At an even whole
+// ratio the weights are [-3, 19, 19, -3] / 32, at an odd one [0, 1, 0, 0].
+struct FourTaps {
+  int32_t index[4];  // clamped to the picture
+  float weight[4];
+};
 
-// a * b + c, rounded once. Exact in double for the magnitudes here: fp16 values times multiples of 1/32, twice.
+SPHINX_HD int clamp_index(int i, int extent) {
+  return i < 0 ? 0 : i >= extent ? extent - 1 : i;
+}
+
+// The cubic for distances below 1, and from 1 to 2.
+SPHINX_HD float cubic_near(float x) {
+  const float a = -0.75f;
+  return ((a + 2) * x - (a + 3)) * x * x + 1;
+}
+SPHINX_HD float cubic_far(float x) {
+  const float a = -0.75f;
+  return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a;
+}
+
+SPHINX_HD FourTaps four_taps_of(int i, int in, int out) {
+  const float scale = static_cast<float>(in) / static_cast<float>(out);
+  const float at = scale * (static_cast<float>(i) + 0.5f) - 0.5f, below = floorf(at), t = at - below;
+  FourTaps taps{};
+  for (int k = 0; k < 4; ++k) taps.index[k] = clamp_index(static_cast<int>(below) - 1 + k, in);
+  taps.weight[0] = rounded<Half>(cubic_far(t + 1));
+  taps.weight[1] = rounded<Half>(cubic_near(t));
+  taps.weight[2] = rounded<Half>(cubic_near(1 - t));
+  taps.weight[3] = rounded<Half>(cubic_far(2 - t));
+  return taps;
+}
+
+// a * b + c, rounded once: exact in double for the magnitudes here.
 SPHINX_HD float fused(float a, float b, float c) {
 #ifdef __CUDA_ARCH__
   return fmaf(a, b, c);
@@ -150,37 +186,18 @@ SPHINX_HD float fused(float a, float b, float c) {
 #endif
 }
 
-// The order of torch's CPU kernel, so that results are equal bit for bit.
-SPHINX_HD float four_taps(float p0, float p1, float p2, float p3) {
-  const float outer = -3.0f / 32, inner = 19.0f / 32;
-  return fused(p3, outer, fused(p2, inner, fused(p0, outer, p1 * inner)));
+SPHINX_HD float four_taps(float p0, float p1, float p2, float p3, const float* weight) {
+  return fused(p3, weight[3], fused(p2, weight[2], fused(p0, weight[0], p1 * weight[1])));
 }
 
-// The same for fp16 pixels: 11 bits times a multiple of 1/32 below 1 is exact in fp32, so nothing is left to fuse.
-SPHINX_HD float four_taps_of_half(float p0, float p1, float p2, float p3) {
-  const float outer = -3.0f / 32, inner = 19.0f / 32;
-  return p1 * inner + p0 * outer + p2 * inner + p3 * outer;
-}
-
-// First of the four pixels for output i of an even ratio; may be -1, and +3 may be the extent: clamp each.
-SPHINX_HD int tap_start(int i, int ratio) {
-  return i * ratio + ratio / 2 - 2;
-}
-
-SPHINX_HD int clamp_index(int i, int extent) {
-  return i < 0 ? 0 : i >= extent ? extent - 1 : i;
-}
-
-// --- nearest resize, as torch's interpolate(mode="nearest")
-// ------------------------------------------------------------
+// --- nearest resize, as torch's interpolate(mode="nearest") ---------------------------------------------------------
 SPHINX_HD int nearest_index(int i, int in, int out) {
   const float scale = static_cast<float>(in) / static_cast<float>(out);
   const int source = static_cast<int>(floorf(static_cast<float>(i) * scale));
   return source < in - 1 ? source : in - 1;
 }
 
-// --- views
-// ------------------------------------------------------------------------------------------------------------
+// --- views ----------------------------------------------------------------------------------------------------------
 SPHINX_HD int num_views(int picture_size, int view_size) {
   const int ratio = picture_size / view_size;
   return ratio == 1 ? 1 : 1 + ratio * ratio;

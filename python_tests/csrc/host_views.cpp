@@ -30,29 +30,29 @@ int nearest(int i, int in, int out) {
   return nearest_index(i, in, out);
 }
 
-// The steps of resize_cuda and cut_cuda in launch.cu. dtype: 0 float32, 1 float16, 2 bfloat16.
-void views_on_host(const uint8_t* pixels, int64_t height, int64_t width, int picture_size, int view_size,
-                   int convnext_size, int dtype, unsigned blocks, uint8_t* canvas, void* clip, void* dinov2,
-                   void* convnext) {
-  const Picture picture{pixels, height, width, width * 3, 3, 1};
-  const int64_t side = std::max(height, width), size = picture_size;
-  const Filter filter = make_filter(side, size);
-  std::vector<Tap> x(size), y(size);
-  std::vector<int32_t> weights(size * filter.max_taps);
-  std::vector<uint8_t> rows((height + 1) * size * 3);
-  const views::Taps taps{weights.data(), x.data(), y.data(), filter.max_taps};
-  launch_on_host(blocks, taps_kernel, picture, filter, picture_size, taps);
-  launch_on_host(blocks, horizontal_kernel, picture, picture_size, taps, rows.data());
-  launch_on_host(blocks, vertical_kernel, height, picture_size, taps, rows.data(), canvas);
-
+// What run_cuda in launch.cu does. dtype: 0 float32, 1 float16, 2 bfloat16; axes: in, before, extent, out, begin of y,
+// then of x, for each picture; strides in bytes. Returns 1 when no block left its shared memory.
+int views_on_host(int count, const uint8_t* const* pixels, const int64_t* strides, const int64_t* axes,
+                  const int* vertical_first, int picture_size, int view_size, int dinov2_size, int convnext_size,
+                  int dtype, uint8_t* canvas, void* clip, void* dinov2, void* convnext) {
   const DType dtypes[] = {DType::f32, DType::f16, DType::bf16};
-  const Outputs out{clip, dinov2, convnext, picture_size, view_size, convnext_size, dtypes[dtype]};
-  dispatch_float(out.dtype, [&](auto type) {
-    using T = decltype(type);
-    launch_on_host(blocks, cut_kernel<T>, canvas, out);
-    launch_on_host(blocks, nearest_kernel<T>, static_cast<const T*>(clip), static_cast<T*>(convnext),
-                   static_cast<int64_t>(num_views(picture_size, view_size)) * 3, view_size, convnext_size);
-  });
+  const Outputs out{clip, dinov2, convnext, picture_size, view_size, dinov2_size, convnext_size, dtypes[dtype]};
+  std::vector<Job> jobs;
+  for (int i = 0; i < count; ++i, axes += 10, strides += 3) {
+    const auto axis = [](const int64_t* n) {
+      return Axis{n[0], n[1], n[2], static_cast<int>(n[3]), static_cast<int>(n[4])};
+    };
+    const Geometry geometry{axis(axes), axis(axes + 5), vertical_first[i] != 0};
+    jobs.push_back(
+        {{pixels[i], geometry.y.extent, geometry.x.extent, strides[0], strides[1], strides[2]}, geometry, canvas, out});
+  }
+  const auto batch = make_batch<kSmall>(jobs.data(), count);
+  const Dim3 grid{static_cast<unsigned>(tiles_of(out)), static_cast<unsigned>(count), 1};
+  const size_t shared = sizeof(Shared) + batch.table_bytes;
+  bool kept = false;
+  dispatch_float(out.dtype,
+                 [&](auto type) { kept = launch_on_host(grid, shared, views_kernel<decltype(type), kSmall>, batch); });
+  return kept;
 }
 
 // 1 when parallel_for covers [0, count) once each, -1 when the exception of item `bad` came through.

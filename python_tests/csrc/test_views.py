@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sphinx_fast.ops import encoder_views, resize_padded
+from sphinx_fast.image.geometry import PILLOW, Geometry, padded_resize, resized_center_crop, resized_region
+from sphinx_fast.ops import EncoderViews, canvas, encoder_views
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -35,28 +36,81 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("height", "width", "picture_size", "view_size"),
-    [(61, 47, 48, 24), (20, 70, 51, 17), (33, 33, 33, 33), (1, 1, 8, 4), (90, 200, 60, 15), (40, 30, 62, 31)],
-)
-def test_kernels_equal_the_cpu_half(
-    host: Any, height: int, width: int, picture_size: int, view_size: int, dtype: torch.dtype
+def axes_of(geometry: Geometry) -> list[int]:
+    """in, before, extent, out, begin of y and then of x."""
+    pairs = geometry.plane, geometry.offset, geometry.extent, geometry.resized, geometry.origin
+    return [pair[axis] for axis in (0, 1) for pair in pairs]
+
+
+def run_kernel(
+    host: Any, pictures: list[Tensor], geometries: list[Geometry], canvas: Tensor, out: EncoderViews, sizes: list[int]
 ) -> None:
-    picture = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    size: Any = {"picture_size": picture_size, "view_size": view_size, "convnext_size": view_size + 3}
-    expected = encoder_views([picture], **size, dtype=dtype)
-    outputs = [torch.full_like(tensor, torch.nan) for tensor in expected]
-    canvas = torch.empty(picture_size, picture_size, 3, dtype=torch.uint8)
-    index = [torch.float32, torch.float16, torch.bfloat16].index(dtype)
-    host.views_on_host(
-        pointer(picture),
-        *(ctypes.c_int64(height), ctypes.c_int64(width), picture_size, view_size, view_size + 3, index, 3),
-        *(pointer(tensor) for tensor in (canvas, *outputs)),
+    """The one launch of run_cuda; `sizes`: picture, view."""
+    picture_size, view_size = sizes
+    count = len(pictures)
+    starts = [
+        p.data_ptr() + g.region[0] * p.stride(0) + g.region[1] * p.stride(1)
+        for p, g in zip(pictures, geometries, strict=True)
+    ]
+    numbers = [n for geometry in geometries for n in axes_of(geometry)]
+    strides = [stride for picture in pictures for stride in picture.stride()]
+    kept = host.views_on_host(
+        count,
+        (ctypes.c_void_p * count)(*starts),
+        (ctypes.c_int64 * len(strides))(*strides),
+        (ctypes.c_int64 * len(numbers))(*numbers),
+        (ctypes.c_int * count)(*(int(geometry.vertical_first) for geometry in geometries)),
+        *(picture_size, view_size, out.dinov2.shape[-1], out.convnext.shape[-1]),
+        [torch.float32, torch.float16, torch.bfloat16].index(out.clip.dtype),
+        *(pointer(tensor) for tensor in (canvas, *out)),
     )
-    assert torch.equal(canvas, resize_padded(picture, picture_size))
+    assert kept == 1, "a block wrote past its shared memory"
+
+
+SIZES = [  # picture_size, view_size, dinov2_size, convnext_size
+    *[(48, 24, 24, 27), (51, 17, 17, 20), (33, 33, 33, 36), (8, 4, 4, 7), (60, 15, 15, 9), (62, 31, 31, 31)],
+    *[(96, 48, 21, 48), (64, 64, 28, 64), (84, 42, 42, 48)],
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("picture_size", "view_size", "dinov2_size", "convnext_size"), SIZES)
+def test_the_kernel_equals_the_cpu_half(
+    host: Any, picture_size: int, view_size: int, dinov2_size: int, convnext_size: int, dtype: torch.dtype
+) -> None:
+    """A batch of pictures: small, large, oblong, strided, planar; padded, cropped, columns first."""
+    torch.manual_seed(1)
+    shapes = [(61, 47), (20, 170), (1, 1), (333, 90), (200, 400), (400, 90)]
+    pictures = [torch.randint(0, 256, (h, w, 3), dtype=torch.uint8) for h, w in shapes]
+    pictures[1] = pictures[1].permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    pictures[3] = pictures[3][::2, 5:80:2]
+    geometries = [padded_resize(p.shape[0], p.shape[1], picture_size) for p in pictures]
+    geometries[4] = resized_center_crop(200, 400, picture_size)
+    geometries[5] = resized_region((7, 3), (390, 80), picture_size)
+    assert geometries[5].vertical_first == (PILLOW >= (13,))
+    size: Any = {"picture_size": picture_size, "view_size": view_size}
+    expected = encoder_views(
+        pictures, **size, dinov2_size=dinov2_size, convnext_size=convnext_size, geometries=geometries, dtype=dtype
+    )
+    outputs = [torch.full_like(tensor, torch.nan) for tensor in expected]
+    canvases = torch.empty(len(pictures), picture_size, picture_size, 3, dtype=torch.uint8)
+    run_kernel(host, pictures, geometries, canvases, EncoderViews(*outputs), [picture_size, view_size])
+    for picture, geometry, made in zip(pictures, geometries, canvases, strict=True):
+        assert torch.equal(made, canvas(picture, picture_size, geometry=geometry))
     for name, output, wanted in zip(expected._fields, outputs, expected, strict=True):
         assert torch.equal(output, wanted), name
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(3000, 2, 5), (5, 70_000, 16), (1, 2000, 2), (900, 1200, 3)])
+def test_the_kernel_without_room_for_its_tables(host: Any, height: int, width: int, size: int) -> None:
+    picture = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8)
+    geometry = padded_resize(height, width, size)
+    expected = encoder_views([picture], picture_size=size, view_size=size, convnext_size=size)
+    outputs = [torch.full_like(tensor, torch.nan) for tensor in expected]
+    made = torch.empty(1, size, size, 3, dtype=torch.uint8)
+    run_kernel(host, [picture], [geometry], made, EncoderViews(*outputs), [size, size])
+    assert torch.equal(made[0], canvas(picture, size))
+    assert torch.equal(outputs[0], expected[0])
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("half", torch.float16), ("bfloat16", torch.bfloat16)])

@@ -15,7 +15,6 @@ from sphinx_fast.image.views import (
     PAD_COLOUR,
     normalise,
     num_views,
-    pad_offsets,
     reference_canvas,
     reference_views,
 )
@@ -30,14 +29,6 @@ def test_number_of_views(picture_size: int, view_size: int, count: int) -> None:
 def test_views_that_do_not_tile_are_refused(picture_size: int, view_size: int) -> None:
     with pytest.raises(ValueError, match="multiple of view_size"):
         num_views(picture_size, view_size)
-
-
-@pytest.mark.parametrize(
-    ("width", "height", "expected"),
-    [(10, 10, (10, 0, 0)), (7, 10, (10, 1, 0)), (10, 7, (10, 0, 1)), (1, 4, (4, 1, 0))],
-)
-def test_pad_offsets_round_down(width: int, height: int, expected: tuple[int, int, int]) -> None:
-    assert pad_offsets(width, height) == expected
 
 
 @pytest.mark.parametrize(("folder", "size"), [("llama_ens", 224), ("llama_ens5", 448)])

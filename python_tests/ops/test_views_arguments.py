@@ -12,7 +12,8 @@ import torch
 from close import Guarded
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sphinx_fast.ops import EncoderViews, build_info, encoder_views, extension, resize_padded, views
+from sphinx_fast.image.geometry import padded_resize
+from sphinx_fast.ops import EncoderViews, build_info, canvas, encoder_views, extension, views
 
 PICTURE = torch.zeros(6, 5, 3, dtype=torch.uint8)
 FAKE = FakeTensorMode().from_tensor(PICTURE)
@@ -20,15 +21,24 @@ FLOATS = torch.zeros(5, 3, 8, 8)
 SIZES = {"picture_size": 16, "view_size": 8}
 
 
+NUMBERS = padded_resize(6, 5, 16).numbers()
+
+
 def raw_views(pictures: Any = (PICTURE,), out: Any = FLOATS, **changes: Any) -> None:
     """The compiled function itself, past the wrapper's checks."""
-    arguments = {**SIZES, "dinov2": None, "convnext": None, "workspace": None, "threads": 1} | changes
-    extension().views(pictures, out, **arguments)
+    absent = dict.fromkeys(("dinov2", "convnext", "canvas", "isa"))
+    arguments = {"geometry": NUMBERS, **SIZES, **absent, "threads": 1} | changes
+    extension().views(pictures, out=out, **arguments)
 
 
-def raw_resize(picture: Any = PICTURE, out: Any = None, **changes: Any) -> None:
-    out = torch.zeros(8, 8, 3, dtype=torch.uint8) if out is None else out
-    extension().resize_padded(picture, out, **({"workspace": None, "threads": 1} | changes))
+def raw_canvas(picture: Any = PICTURE, made: Any = None, **changes: Any) -> None:
+    made = torch.zeros(1, 16, 16, 3, dtype=torch.uint8) if made is None else made
+    raw_views([picture], None, canvas=made, **changes)
+
+
+def placed(**changes: Any) -> list[int]:
+    """The numbers of a geometry of PICTURE with something wrong in it."""
+    return padded_resize(6, 5, 16)._replace(**changes).numbers()
 
 
 NARROW = torch.zeros(5, 3, 8, 16)[..., ::2]
@@ -78,8 +88,8 @@ BAD_CALLS: list[tuple[str, type[Exception], str | None, Any]] = [
         lambda: encoder_views([PICTURE], **SIZES, out=EncoderViews(FLOATS, FLOATS, FLOATS)),
     ),
     ("convnext negative", Exception, None, lambda: encoder_views([PICTURE], **SIZES, convnext_size=-1)),
-    ("resize 0", ValueError, "out", lambda: resize_padded(PICTURE, 0)),
-    ("resize out", TypeError, "out", lambda: resize_padded(PICTURE, 8, out=torch.zeros(8, 8, 3))),
+    ("canvas 0", ValueError, "size", lambda: canvas(PICTURE, 0)),
+    ("canvas out", TypeError, "out", lambda: canvas(PICTURE, 8, out=torch.zeros(8, 8, 3))),
     # the compiled functions
     ("raw none", TypeError, r"pictures\[0\]", lambda: raw_views([None])),
     ("raw number", TypeError, r"pictures\[0\]", lambda: raw_views([7])),
@@ -87,11 +97,11 @@ BAD_CALLS: list[tuple[str, type[Exception], str | None, Any]] = [
     ("raw fake", ValueError, r"pictures\[0\]: expected memory", lambda: raw_views([FAKE])),
     ("raw meta", TypeError, r"pictures\[0\]: .* borrowed: \w+", lambda: raw_views([PICTURE.to("meta")])),
     ("raw sparse", TypeError, r"pictures\[0\]: .* borrowed: \w+", lambda: raw_views([PICTURE.to_sparse()])),
-    ("raw out none", TypeError, "out", lambda: raw_views(out=None)),
+    ("raw out none", ValueError, "out", lambda: raw_views(out=None)),
     ("raw out fake", ValueError, "out: expected memory", lambda: raw_views(out=FakeTensorMode().from_tensor(FLOATS))),
     ("raw out int", TypeError, "out", lambda: raw_views(out=FLOATS.int())),
     ("raw out rank", ValueError, "out", lambda: raw_views(out=FLOATS[0])),
-    ("raw out count", ValueError, "out", lambda: raw_views([PICTURE, PICTURE])),
+    ("raw out count", ValueError, "out", lambda: raw_views([PICTURE, PICTURE], geometry=NUMBERS * 2)),
     ("raw sizes", ValueError, "picture_size", lambda: raw_views(picture_size=15)),
     ("raw huge size", ValueError, "picture_size", lambda: raw_views(picture_size=2**40)),
     ("raw overflow", TypeError, None, lambda: raw_views(picture_size=2**70)),
@@ -101,12 +111,33 @@ BAD_CALLS: list[tuple[str, type[Exception], str | None, Any]] = [
     ("raw dinov2 shape", ValueError, "dinov2", lambda: raw_views(dinov2=FLOATS[..., :7])),
     ("raw convnext oblong", ValueError, "convnext", lambda: raw_views(convnext=torch.zeros(5, 3, 8, 9))),
     ("raw convnext empty", ValueError, "convnext", lambda: raw_views(convnext=torch.zeros(5, 3, 0, 0))),
-    ("raw 5 arguments", TypeError, None, lambda: extension().views([PICTURE], FLOATS, 16, 8, 1)),
-    ("raw resize oblong", ValueError, "out", lambda: raw_resize(out=torch.zeros(8, 9, 3, dtype=torch.uint8))),
-    ("raw resize grey", ValueError, "picture", lambda: raw_resize(PICTURE[..., :1])),
-    ("raw reversed", ValueError, "strides", lambda: raw_resize(np.zeros((6, 5, 3), np.uint8)[::-1])),
-    ("raw rank 9", ValueError, "dimensions", lambda: raw_resize(torch.zeros([1] * 9, dtype=torch.uint8))),
-    ("raw workspace size", ValueError, "height", lambda: extension().views_workspace(0, 5, 8)),
+    ("raw 5 arguments", TypeError, None, lambda: extension().views([PICTURE], NUMBERS, 16, 8, 1)),
+    ("raw nothing wanted", ValueError, "out", lambda: raw_views(out=None)),
+    ("raw canvas shape", ValueError, "canvas", lambda: raw_canvas(made=torch.zeros(1, 16, 9, 3, dtype=torch.uint8))),
+    ("raw canvas dtype", TypeError, "canvas", lambda: raw_canvas(made=torch.zeros(1, 16, 16, 3))),
+    ("raw canvas grey", ValueError, r"pictures\[0\]", lambda: raw_canvas(PICTURE[..., :1])),
+    ("raw reversed", ValueError, "strides", lambda: raw_canvas(np.zeros((6, 5, 3), np.uint8)[::-1])),
+    ("raw rank 9", ValueError, "dimensions", lambda: raw_canvas(torch.zeros([1] * 9, dtype=torch.uint8))),
+    ("raw isa", ValueError, "isa", lambda: raw_views(isa="mmx")),
+    # geometries
+    ("two for one", ValueError, "geometries", lambda: views([PICTURE], **SIZES, geometries=[])),
+    ("raw numbers short", ValueError, "geometry", lambda: raw_views(geometry=NUMBERS[:-1])),
+    ("raw numbers long", ValueError, "geometry", lambda: raw_views(geometry=NUMBERS * 2)),
+    ("raw numbers text", TypeError, None, lambda: raw_views(geometry="padded")),
+    ("region left of it", ValueError, "region", lambda: raw_views(geometry=placed(region=(-1, 0)))),
+    ("region past it", ValueError, "region", lambda: raw_views(geometry=placed(region=(0, 1)))),
+    ("region too large", ValueError, "region", lambda: raw_views(geometry=placed(extent=(7, 5)))),
+    ("region empty", ValueError, "region", lambda: raw_views(geometry=placed(extent=(0, 5)))),
+    ("region overflow", ValueError, "region", lambda: raw_views(geometry=placed(region=(2**63 - 1, 0)))),
+    ("plane small", ValueError, "plane", lambda: raw_views(geometry=placed(plane=(5, 5), offset=(0, 0)))),
+    ("plane huge", ValueError, "plane", lambda: raw_views(geometry=placed(plane=(2**40, 5)))),
+    ("offset", ValueError, "plane", lambda: raw_views(geometry=placed(offset=(0, 2)))),
+    ("offset negative", ValueError, "plane", lambda: raw_views(geometry=placed(offset=(0, -1)))),
+    ("resized small", ValueError, "resized", lambda: raw_views(geometry=placed(resized=(15, 16)))),
+    ("resized huge", ValueError, "resized", lambda: raw_views(geometry=placed(resized=(2**40, 16)))),
+    ("origin", ValueError, "resized", lambda: raw_views(geometry=placed(origin=(1, 0)))),
+    ("origin negative", ValueError, "resized", lambda: raw_views(geometry=placed(origin=(0, -1)))),
+    ("padding, columns first", ValueError, "padding", lambda: raw_views(geometry=[*NUMBERS[:-1], 1])),
 ]
 
 
@@ -172,7 +203,8 @@ def test_drawn_calls_are_answered_or_refused() -> None:
             "threads": pick(1, numbers[:8]),
             "dinov2": pick(None, tensors),
             "convnext": pick(None, tensors),
-            "workspace": pick(None, tensors),
+            "canvas": pick(None, tensors),
+            "geometry": pick(NUMBERS, [NUMBERS * 2, [], [draw.choice([-1, 0, 1, 5, 6, 16, 2**62]) for _ in range(13)]]),
         }
         try:
             raw_views(pictures, pick(FLOATS, tensors), **changes)

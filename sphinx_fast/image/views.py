@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from sphinx_fast.image.geometry import Geometry, padded_resize
+
 PAD_COLOUR = (122, 116, 104)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -34,25 +36,31 @@ def num_views(picture_size: int, view_size: int) -> int:
     return 1 if ratio == 1 else 1 + ratio * ratio
 
 
-def pad_offsets(width: int, height: int) -> tuple[int, int, int]:
-    """(side, left, top): where a picture lies in its padded square, in pixels of the picture."""
-    side = max(width, height)
-    return side, (side - width) // 2, (side - height) // 2
-
-
-def reference_canvas(picture: Image.Image | np.ndarray, picture_size: int) -> Image.Image:
-    """RGB picture, PIL or uint8 [h, w, 3] -> padded to a square with PAD_COLOUR, resized by Pillow's bicubic.
+def reference_canvas(
+    picture: Image.Image | np.ndarray, picture_size: int, geometry: Geometry | None = None
+) -> Image.Image:
+    """RGB picture, PIL or uint8 [h, w, 3] -> the canvas: padded to a square with PAD_COLOUR, or as `geometry` says, and
+    resized by Pillow's bicubic.
 
     ValueError for a side above MAX_SIDE pixels.
     """
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     image = image.convert("RGB")
-    side, left, top = pad_offsets(*image.size)
-    if side > MAX_SIDE:
-        raise ValueError(f"picture: expected sides of at most {MAX_SIDE} pixels in the reference pipeline, got {side}")
-    square = Image.new("RGB", (side, side), PAD_COLOUR)
-    square.paste(image, (left, top))
-    return square.resize((picture_size, picture_size), Image.Resampling.BICUBIC)
+    geometry = geometry or padded_resize(image.height, image.width, picture_size)
+    if max(*geometry.plane, *geometry.resized) > MAX_SIDE:
+        raise ValueError(
+            f"picture: expected sides of at most {MAX_SIDE} pixels in the reference pipeline, got {geometry}"
+        )
+    (top, left), (height, width) = geometry.region, geometry.extent
+    if geometry.extent != (image.height, image.width):
+        image = image.crop((left, top, left + width, top + height))
+    if geometry.plane != geometry.extent:
+        plane = Image.new("RGB", geometry.plane[::-1], PAD_COLOUR)
+        plane.paste(image, geometry.offset[::-1])
+        image = plane
+    image = image.resize(geometry.resized[::-1], Image.Resampling.BICUBIC)
+    top, left = geometry.origin
+    return image.crop((left, top, left + picture_size, top + picture_size))
 
 
 def normalise(canvas: Image.Image) -> Tensor:
@@ -62,14 +70,16 @@ def normalise(canvas: Image.Image) -> Tensor:
     return pixels.div(255).sub(mean).div(std)
 
 
-def reference_views(picture: Image.Image | np.ndarray, picture_size: int, view_size: int) -> Tensor:
+def reference_views(
+    picture: Image.Image | np.ndarray, picture_size: int, view_size: int, geometry: Geometry | None = None
+) -> Tensor:
     """RGB picture -> fp32 [V, 3, view_size, view_size]: the global view first, then the crops, row-major.
 
     The global view is the bicubic interpolation, not antialiased, of the fp16 picture; the crops are cut from the
     normalised fp32 picture.
     """
     ratio = view_ratio(picture_size, view_size)
-    pixels = normalise(reference_canvas(picture, picture_size))
+    pixels = normalise(reference_canvas(picture, picture_size, geometry))
     if ratio == 1:
         return pixels[None]
     overview = F.interpolate(pixels[None].half(), (view_size, view_size), mode="bicubic").float()

@@ -1,6 +1,6 @@
 """One wrapper per room of csrc: a torch op, checked arguments, documented formula and shapes."""
 
 from sphinx_fast.ops._extension import build_info, extension
-from sphinx_fast.ops.views import EncoderViews, encoder_views, resize_padded, views
+from sphinx_fast.ops.views import EncoderViews, canvas, encoder_views, views
 
-__all__ = ["EncoderViews", "build_info", "encoder_views", "extension", "resize_padded", "views"]
+__all__ = ["EncoderViews", "build_info", "canvas", "encoder_views", "extension", "views"]

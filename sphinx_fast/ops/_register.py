@@ -29,7 +29,12 @@ def register(schema: str, fake: Callable[..., Any] | None = None) -> Callable[[C
 
 
 def refuse_lazy(tensor: Tensor, name: str) -> None:
-    """ValueError for what the borrowed memory would not show: conjugate or negative bits, a wish for gradients."""
+    """ValueError for what the borrowed memory would not show: conjugate or negative bits, a wish for gradients.
+
+    Not asked while torch.compile traces: it cannot see these bits, and hands plain memory to what it has compiled.
+    """
+    if torch.compiler.is_compiling():
+        return
     if tensor.requires_grad:
         raise ValueError(f"{name}: expected a tensor without requires_grad; detach it first")
     if tensor.is_conj() or tensor.is_neg():

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sphinx_fast.image.views import num_views
+from sphinx_fast.image.geometry import Geometry, padded_resize
+from sphinx_fast.image.views import num_views, view_ratio
 from sphinx_fast.ops._extension import extension
 from sphinx_fast.ops._register import refuse_lazy, register
 
@@ -16,7 +17,7 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class EncoderViews(NamedTuple):
-    """What each encoder reads. B pictures, V views: clip and dinov2 [B*V, 3, s, s], convnext [B*V, 3, t, t]."""
+    """What each encoder reads, of B pictures in V views: [B*V, 3, s, s], [B*V, 3, d, d] and [B*V, 3, t, t]."""
 
     clip: Tensor
     dinov2: Tensor
@@ -28,20 +29,22 @@ def views(
     *,
     picture_size: int,
     view_size: int,
+    geometries: Sequence[Geometry] | None = None,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Cut pictures into CLIP-normalised views.
 
-    Each picture is padded to a square with the colour (122, 116, 104), resized to `picture_size` exactly as Pillow's
-    bicubic does, normalised as (u8 / 255 - mean) / std in fp32, and cut: one view where picture_size equals view_size;
-    otherwise the global view, bicubic through fp16 without antialiasing, then the (picture_size / view_size)^2 crops,
-    row-major.
+    Each picture becomes the canvas [picture_size, picture_size, 3], uint8, exactly as Pillow's bicubic makes it: padded
+    to a square with the colour (122, 116, 104), or as its geometry says. The canvas is normalised as
+    (u8 / 255 - mean) / std in fp32 and cut: one view where picture_size equals view_size; otherwise the global view,
+    bicubic through fp16 without antialiasing, then the (picture_size / view_size)^2 crops, row-major.
 
     Args:
         pictures: B tensors, uint8 [h, w, 3] RGB, of any sizes and strides, on one device.
-        picture_size: side of the resized square, in pixels; a multiple of view_size.
+        picture_size: side of the canvas, in pixels; a multiple of view_size.
         view_size: side of a view, in pixels.
+        geometries: one per picture, for example `resized_center_crop(h, w, picture_size)`; default `padded_resize`.
         dtype: float32, float16 or bfloat16; that of `out` where given, else float32.
         out: written and returned; contiguous [B*V, 3, view_size, view_size] on the pictures' device.
 
@@ -54,9 +57,10 @@ def views(
 
     Equivalent to `sphinx_fast.image.views.reference_views` for each picture, concatenated.
     """
+    numbers = _numbers(pictures, geometries, picture_size)
     count = len(pictures) * num_views(picture_size, view_size)
     out = _output(out, pictures, (count, 3, view_size, view_size), dtype, "out")
-    _call(pictures, out, None, None, picture_size, view_size)
+    _call(pictures, numbers, picture_size, view_size, out)
     return out
 
 
@@ -66,58 +70,69 @@ def encoder_views(
     picture_size: int,
     view_size: int,
     convnext_size: int = 256,
+    dinov2_size: int | None = None,
+    geometries: Sequence[Geometry] | None = None,
     dtype: torch.dtype | None = None,
     out: EncoderViews | None = None,
 ) -> EncoderViews:
-    """As `views`, and the inputs of DINOv2 and ConvNeXt in the same call.
+    """As `views`, and the inputs of DINOv2 and ConvNeXt in the same call: what the tower makes of fp32 views.
 
-    `dinov2` is (x * clip_std + clip_mean - mean) / std of the views x, each operation rounded to `dtype`; `convnext` is
-    the nearest-pixel resize of x.half() to `convnext_size`, in `dtype`.
+    `dinov2` is (x * clip_std + clip_mean - mean) / std, each operation rounded to `dtype`, of the views x in `dtype`.
+    `convnext` is the nearest-pixel resize of the views in fp16. The light variants' rules follow from the sizes: with
+    another `dinov2_size` its views are cut from the whole canvas, resized as the global view is; with `convnext_size`
+    equal to `view_size` its crops are the views, not rounded to fp16.
 
-    Equivalent to, with x = views(...) and constants as `dtype` tensors [3, 1, 1]:
-        EncoderViews(x, (x * clip_std + clip_mean - dinov2_mean) / dinov2_std,
+    Equivalent to, with x = views(...) in float32, constants as `dtype` tensors [3, 1, 1], sizes of the full model:
+        EncoderViews(x.to(dtype), (x.to(dtype) * clip_std + clip_mean - dinov2_mean) / dinov2_std,
                      F.interpolate(x.half(), (convnext_size, convnext_size)).to(dtype))
     """
+    dinov2_size = dinov2_size or view_size
+    numbers = _numbers(pictures, geometries, picture_size)
     count = len(pictures) * num_views(picture_size, view_size)
-    shape, nearest = (count, 3, view_size, view_size), (count, 3, convnext_size, convnext_size)
+    shapes = {
+        "clip": (count, 3, view_size, view_size),
+        "dinov2": (count, 3, dinov2_size, dinov2_size),
+        "convnext": (count, 3, convnext_size, convnext_size),
+    }
     if out is None:
-        clip = _output(None, pictures, shape, dtype, "out.clip")
-        out = EncoderViews(clip, torch.empty_like(clip), clip.new_empty(nearest))
+        out = EncoderViews(*(_output(None, pictures, shape, dtype, name) for name, shape in shapes.items()))
     else:
-        dtype = dtype or out.clip.dtype
-        for name, tensor, extent in (
-            ("clip", out.clip, shape),
-            ("dinov2", out.dinov2, shape),
-            ("convnext", out.convnext, nearest),
-        ):
-            _output(tensor, pictures, extent, dtype, f"out.{name}")
-    _call(pictures, out.clip, out.dinov2, out.convnext, picture_size, view_size)
+        for name, tensor in zip(shapes, out, strict=True):
+            _output(tensor, pictures, shapes[name], dtype or out.clip.dtype, f"out.{name}")
+    _call(pictures, numbers, picture_size, view_size, *out)
     return out
 
 
-def resize_padded(picture: Tensor, picture_size: int, *, out: Tensor | None = None) -> Tensor:
-    """uint8 [h, w, 3] -> the padded square resized to uint8 [picture_size, picture_size, 3].
+def canvas(
+    picture: Tensor, picture_size: int, *, geometry: Geometry | None = None, out: Tensor | None = None
+) -> Tensor:
+    """uint8 [h, w, 3] -> the resized square, uint8 [picture_size, picture_size, 3].
 
     Equivalent to `sphinx_fast.image.views.reference_canvas`, that is to Pillow's paste and bicubic resize, bit for bit.
     """
+    numbers = _numbers([picture], None if geometry is None else [geometry], picture_size)
     out = _output(out, [picture], (picture_size, picture_size, 3), torch.uint8, "out")
-    _check_pictures([picture], out)
-    torch.ops.sphinx_fast.resize_padded(picture, out)
+    _call([picture], numbers, picture_size, picture_size, canvas=out[None])
     return out
 
 
-def _check_pictures(pictures: Sequence[Tensor], out: Tensor) -> None:
+def _numbers(pictures: Sequence[Tensor], geometries: Sequence[Geometry] | None, picture_size: int) -> list[int]:
+    """The geometries of all pictures as one list of integers."""
+    if isinstance(pictures, Tensor) or not all(isinstance(picture, Tensor) for picture in pictures):
+        raise TypeError(f"pictures: expected a sequence of tensors [h, w, 3], got {_kinds(pictures)}")
     for index, picture in enumerate(pictures):
-        refuse_lazy(picture, f"pictures[{index}]")
-        if picture.device != out.device:
-            raise ValueError(f"pictures[{index}]: expected device {out.device} (that of out), got {picture.device}")
+        if picture.dim() != 3 or 0 in picture.shape:
+            raise ValueError(f"pictures[{index}]: expected [height and width >= 1, 3], got {list(picture.shape)}")
+    if geometries is None:
+        geometries = [padded_resize(picture.shape[0], picture.shape[1], picture_size) for picture in pictures]
+    elif len(geometries) != len(pictures):
+        raise ValueError(f"geometries: expected one for each of {len(pictures)} pictures, got {len(geometries)}")
+    return [number for geometry in geometries for number in geometry.numbers()]
 
 
 def _output(
     out: Tensor | None, pictures: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype | None, name: str
 ) -> Tensor:
-    if isinstance(pictures, Tensor) or not all(isinstance(picture, Tensor) for picture in pictures):
-        raise TypeError(f"pictures: expected a sequence of tensors [h, w, 3], got {_kinds(pictures)}")
     if out is None:
         dtype = dtype or torch.float32
         if dtype not in (*FLOAT_DTYPES, torch.uint8):
@@ -143,49 +158,46 @@ def _kinds(pictures: object) -> str:
 
 def _call(
     pictures: Sequence[Tensor],
-    clip: Tensor,
-    dinov2: Tensor | None,
-    convnext: Tensor | None,
+    numbers: list[int],
     picture_size: int,
     view_size: int,
+    clip: Tensor | None = None,
+    dinov2: Tensor | None = None,
+    convnext: Tensor | None = None,
+    canvas: Tensor | None = None,
 ) -> None:
-    _check_pictures(pictures, clip)
-    torch.ops.sphinx_fast.views(list(pictures), clip, dinov2, convnext, picture_size, view_size)
-
-
-def _workspace(pictures: Sequence[Tensor], picture_size: int) -> Tensor | None:
-    """Device memory for the largest picture; the CPU half brings its own."""
-    if not pictures or not pictures[0].is_cuda:
-        return None
-    need = max(extension().views_workspace(*picture.shape[:2], picture_size) for picture in pictures)
-    return torch.empty(need, dtype=torch.uint8, device=pictures[0].device)
+    view_ratio(picture_size, view_size)
+    device = next(out.device for out in (clip, canvas) if out is not None)
+    for index, picture in enumerate(pictures):
+        refuse_lazy(picture, f"pictures[{index}]")
+        if picture.device != device:
+            raise ValueError(f"pictures[{index}]: expected device {device} (that of out), got {picture.device}")
+    torch.ops.sphinx_fast.views(list(pictures), numbers, picture_size, view_size, clip, dinov2, convnext, canvas)
 
 
 @register(
-    "views(Tensor[] pictures, Tensor(a!) out, Tensor(b!)? dinov2, Tensor(c!)? convnext, "
-    "int picture_size, int view_size) -> ()"
+    "views(Tensor[] pictures, SymInt[] geometry, SymInt picture_size, SymInt view_size, Tensor(a!)? out, "
+    "Tensor(b!)? dinov2, Tensor(c!)? convnext, Tensor(d!)? canvas) -> ()"
 )
 def _views(
     pictures: list[Tensor],
-    out: Tensor,
-    dinov2: Tensor | None,
-    convnext: Tensor | None,
+    geometry: list[int],
     picture_size: int,
     view_size: int,
+    out: Tensor | None,
+    dinov2: Tensor | None,
+    convnext: Tensor | None,
+    canvas: Tensor | None,
 ) -> None:
     extension().views(
         pictures,
-        out,
+        geometry,
         picture_size=picture_size,
         view_size=view_size,
+        out=out,
         dinov2=dinov2,
         convnext=convnext,
-        workspace=_workspace(pictures, picture_size),
+        canvas=canvas,
+        isa=None,
         threads=torch.get_num_threads(),
     )
-
-
-@register("resize_padded(Tensor picture, Tensor(a!) out) -> ()")
-def _resize_padded(picture: Tensor, out: Tensor) -> None:
-    workspace = _workspace([picture], out.shape[0])
-    extension().resize_padded(picture, out, workspace=workspace, threads=torch.get_num_threads())
