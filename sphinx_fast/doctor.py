@@ -38,15 +38,16 @@ def _version(name: str) -> str:
 
 
 def _extension_lines() -> list[str]:
-    from sphinx_fast.ops._extension import build_info
+    from sphinx_fast.ops import build_info, extension
 
     info = build_info()
     if not info["compiled"]:
         return [f"extension     not usable: {info['why_not']}", f"  to do       {info['hint']}"]
     lines = [f"extension     {info['path']}, {info['compiler']}"]
+    loops = extension().isas()[-1]  # the instruction set found
     if info["cuda"] is not None:
-        return [*lines, f"kernels       views on CPU and CUDA ({info['cuda_archs']}, nvcc {info['cuda']})"]
-    lines.append(f"kernels       views on CPU; {info['why_not']}")
+        return [*lines, f"kernels       views on CPU ({loops}) and CUDA ({info['cuda_archs']}, nvcc {info['cuda']})"]
+    lines.append(f"kernels       views on CPU ({loops}); {info['why_not']}")
     if torch.cuda.is_available():
         lines.append(f"  to do       {info['hint']}")
     return lines

@@ -140,3 +140,30 @@ def test_conversation_refusals_and_stop_text() -> None:
     assert cut_at_stop("red\n### Human") == ("red", True)
     assert cut_at_stop("red\n##") == ("red\n##", False)
     assert [held_back(text) for text in ("red", "red\n", "red\n##", "red\n### x")] == [0, 1, 3, 0]
+
+
+@pytest.mark.parametrize("transform", ["padded_resize", "resized_center_crop", "random_resized_crop"])
+def test_transforms_equal_the_reference(transform: str) -> None:
+    pictures = [np.random.default_rng(0).integers(0, 256, (h, w, 3), np.uint8) for h, w in ((50, 90), (61, 40))]
+    views = []
+    for kind in (SphinxImageProcessor, SphinxImageProcessorReference):
+        torch.manual_seed(3)
+        views.append(kind(64, 32, transform=transform)(pictures)["pixel_values"])
+    assert torch.equal(*views)
+    assert SphinxImageProcessor.from_dict(SphinxImageProcessor(transform=transform).to_dict()).transform == transform
+
+
+def test_an_unknown_transform_is_refused() -> None:
+    with pytest.raises(ValueError, match="transform: expected one of padded_resize"):
+        SphinxImageProcessor(transform="squash")
+
+
+@pytest.mark.gpu
+def test_cuda_pictures_stay_on_the_gpu() -> None:
+    picture = torch.randint(0, 256, (3, 50, 90), dtype=torch.uint8)  # as a decoder leaves it: channels first
+    processor = SphinxImageProcessor(64, 32)
+    made = processor([picture.cuda()])["pixel_values"]
+    assert made.is_cuda
+    assert torch.equal(made.cpu(), processor([picture])["pixel_values"])
+    with pytest.raises(ValueError, match="CUDA tensor"):
+        processor([picture.float().cuda()])

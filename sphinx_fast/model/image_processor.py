@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
-from sphinx_fast.image.decode import load_picture
+from sphinx_fast.image.decode import PictureError, load_picture
+from sphinx_fast.image.geometry import Geometry, padded_resize, random_resized_crop, resized_center_crop
 
 
 def flatten_pictures(images: Any) -> list[Any]:
@@ -30,23 +31,43 @@ def as_hwc(image: Any) -> Any:
     return image
 
 
+# The released transforms. The last one draws from torch's generator, as torchvision's does.
+TRANSFORMS: dict[str, Callable[[int, int, int], Geometry]] = {
+    "padded_resize": padded_resize,
+    "resized_center_crop": resized_center_crop,
+    "random_resized_crop": random_resized_crop,
+}
+
+
 class SphinxImageProcessor(BaseImageProcessor):
     """Pad to a square, resize as Pillow does, normalise, cut the views: one call of the room `views`.
+
+    Pictures that are uint8 CUDA tensors, as decoders on the GPU leave them, stay there, and so do their views.
 
     Args:
         picture_size: side of the padded, resized square.
         view_size: side of a view; the crops tile the square.
         max_pixels: pictures with more are refused before they are decoded.
+        transform: padded_resize (what the models are asked with), or, to train, resized_center_crop or
+            random_resized_crop.
     """
 
     model_input_names = ["pixel_values", "num_image_patches"]  # noqa: RUF012
 
     def __init__(
-        self, picture_size: int = 224, view_size: int = 224, max_pixels: int = 16_000_000, **kwargs: Any
+        self,
+        picture_size: int = 224,
+        view_size: int = 224,
+        max_pixels: int = 16_000_000,
+        transform: str = "padded_resize",
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if view_size <= 0 or picture_size % view_size:
             raise ValueError(f"picture_size {picture_size} is not a multiple of view_size {view_size}")
+        if transform not in TRANSFORMS:
+            raise ValueError(f"transform: expected one of {', '.join(TRANSFORMS)}, got {transform!r}")
+        self.transform = transform
         self.picture_size = picture_size
         self.view_size = view_size
         self.max_pixels = max_pixels
@@ -57,12 +78,35 @@ class SphinxImageProcessor(BaseImageProcessor):
         ratio = self.picture_size // self.view_size
         return 1 if ratio == 1 else 1 + ratio * ratio
 
-    def cut(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
+    def geometries(self, pictures: Sequence[np.ndarray | torch.Tensor]) -> list[Geometry]:
+        """How each picture becomes the canvas."""
+        return [TRANSFORMS[self.transform](p.shape[0], p.shape[1], self.picture_size) for p in pictures]
+
+    def cut(self, pictures: Sequence[np.ndarray | torch.Tensor]) -> torch.Tensor:
         """uint8 [h, w, 3] pictures -> fp32 views [B*V, 3, view_size, view_size]."""
         from sphinx_fast.ops import views
 
-        tensors = [torch.from_numpy(np.require(picture, requirements=["C", "W"])) for picture in pictures]
-        return views(tensors, picture_size=self.picture_size, view_size=self.view_size)
+        tensors = [
+            p if isinstance(p, torch.Tensor) else torch.from_numpy(np.require(p, requirements=["C", "W"]))
+            for p in pictures
+        ]
+        return views(
+            tensors,
+            picture_size=self.picture_size,
+            view_size=self.view_size,
+            geometries=self.geometries(pictures),
+        )
+
+    def load(self, image: Any) -> np.ndarray | torch.Tensor:
+        """A picture in any form -> uint8 [h, w, 3]: a tensor where it lies on a GPU already, else an array."""
+        image = as_hwc(image)
+        if not (isinstance(image, torch.Tensor) and image.is_cuda):
+            return load_picture(image, max_pixels=self.max_pixels)
+        if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[-1] != 3 or not image.numel():
+            raise PictureError(f"the CUDA tensor: expected uint8 RGB, got {image.dtype} {list(image.shape)}")
+        if image.numel() > self.max_pixels * 3:
+            raise PictureError(f"the CUDA tensor: more than the {self.max_pixels:,} pixels allowed (max_pixels)")
+        return image
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """Pictures (path, bytes, PIL, uint8 array or tensor, or lists of these) -> `pixel_values`, `num_image_patches`.
@@ -70,7 +114,7 @@ class SphinxImageProcessor(BaseImageProcessor):
         `pixel_values` [B*V, 3, s, s] fp32, CLIP-normalised, picture-major, global view first, crops row-major;
         `num_image_patches` [B] counts the views of each picture.
         """
-        pictures = [load_picture(as_hwc(image), max_pixels=self.max_pixels) for image in flatten_pictures(images)]
+        pictures = [self.load(image) for image in flatten_pictures(images)]
         if not pictures:
             raise ValueError("images: expected at least one picture, got none")
         data: dict[str, Any] = {
@@ -92,7 +136,9 @@ class SphinxImageProcessor(BaseImageProcessor):
 class SphinxImageProcessorReference(SphinxImageProcessor):
     """The same tensors from plain PIL and torch: what the released code runs, and the oracle of the fast one."""
 
-    def cut(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
+    def cut(self, pictures: Sequence[np.ndarray | torch.Tensor]) -> torch.Tensor:
         from sphinx_fast.image.views import reference_views
 
-        return torch.cat([reference_views(picture, self.picture_size, self.view_size) for picture in pictures])
+        sizes = (self.picture_size, self.view_size)
+        arrays = [p.cpu().numpy() if isinstance(p, torch.Tensor) else p for p in pictures]
+        return torch.cat([reference_views(p, *sizes, g) for p, g in zip(arrays, self.geometries(arrays), strict=True)])

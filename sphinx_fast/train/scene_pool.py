@@ -19,15 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sphinx_fast import ops
 from sphinx_fast.data.scene_drawing import BACKGROUNDS, COLOURS, DEFECTS, SHAPES, TEXTURES
 from sphinx_fast.data.scene_targets import CLASSES, CROPS, WHOLE, dense_targets
 from sphinx_fast.data.scenes import TEXTS, Scene, SquareBox, Thing, scene
-from sphinx_fast.model.config import CLIP_MEAN, CLIP_STD, PAD_COLOR, SphinxVisionConfig
-from sphinx_fast.vision.tower import bicubic_through_half, split_crops
+from sphinx_fast.model.config import SphinxVisionConfig
 
 LABELS = ("thing", "shape", "colour", "size", "text", "defect", "joint")
 GROUNDS = (*BACKGROUNDS, *TEXTURES)
@@ -44,25 +43,13 @@ WINDOWS = (WHOLE, *CROPS)
 CHUNK = 250  # scenes a worker draws at a time
 
 
-def padded_square(picture: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [h, w, 3] -> uint8 [size, size, 3]: padded with the CLIP mean, resized by Pillow's bicubic."""
-    height, width = picture.shape[:2]
-    side = max(height, width)
-    square = Image.new("RGB", (side, side), PAD_COLOR)
-    square.paste(Image.fromarray(picture), ((side - width) // 2, (side - height) // 2))
-    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
-
-
 def cut_views(squares: Tensor, view_size: int) -> Tensor:
     """uint8 [B, s, s, 3] -> CLIP-normalised fp32 views [B, V, 3, view_size, view_size], global view first.
 
-    Equivalent to `SphinxImageProcessor` after its resize.
+    What `SphinxImageProcessor` makes of the pictures that these squares were made from.
     """
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    pixels = (squares.permute(0, 3, 1, 2).float() / 255 - mean) / std
-    ratio = pixels.shape[-1] // view_size
-    crops = split_crops(pixels, ratio).unflatten(0, (-1, ratio * ratio))
-    return torch.cat([bicubic_through_half(pixels, view_size).float().unsqueeze(1), crops], dim=1)
+    views = ops.views(list(squares), picture_size=squares.shape[1], view_size=view_size)
+    return views.unflatten(0, (len(squares), -1))
 
 
 def whole_labels(drawn: Scene, window: SquareBox) -> np.ndarray:
@@ -98,7 +85,7 @@ def _draw(first: int, count: int, picture_size: int, grid: int) -> tuple[np.ndar
     squares, labels, boxes, wholes = [], [], [], []
     for seed in range(first, first + count):
         drawn = scene(seed, split="train")
-        squares.append(padded_square(drawn.picture, picture_size))
+        squares.append(ops.canvas(torch.from_numpy(drawn.picture), picture_size).numpy())
         targets = [dense_targets(drawn, grid, window) for window in WINDOWS]
         labels.append([[t[name].reshape(-1) for name in LABELS] for t in targets])
         boxes.append([np.concatenate([t["box"], t["joint_point"]], -1).reshape(-1, 6) for t in targets])
