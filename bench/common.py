@@ -122,12 +122,12 @@ def cpu_name() -> str:
     )
 
 
-def save(lines: list[Line], chosen: argparse.Namespace) -> None:
-    """With --save: one JSON object a line to bench/results/<room>-<device>.jsonl."""
+def save(lines: list[Line], chosen: argparse.Namespace, name: str = "") -> None:
+    """With --save: one JSON object a line to bench/results/<name, or the room>-<device>.jsonl."""
     if not chosen.save or not lines:
         return
     RESULTS.mkdir(exist_ok=True)
     about = machine(chosen.device)
-    with (RESULTS / f"{lines[0].room}-{chosen.device}.jsonl").open("a") as file:
+    with (RESULTS / f"{name or lines[0].room}-{chosen.device}.jsonl").open("a") as file:
         for line in lines:
             file.write(json.dumps(asdict(line) | about) + "\n")

@@ -1,0 +1,80 @@
+"""docs/views.svg: time against picture size, ours and each peer, from bench/results/views-cpu.jsonl.
+
+python bench/figure.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 420, 60, 150, 30, 50
+COLOURS = {
+    "ours": "#c22",
+    "pillow": "#36c",
+    "torch u8": "#393",
+    "resize": "#999",
+    "resize+write": "#555",
+    "limit": "#bbb",
+}
+
+
+def series(threads: int, size: int) -> tuple[dict[str, list[tuple[float, float]]], str]:
+    """Per name (pixels, milliseconds) of single pictures cut at `size`; and what they were measured on."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    about = ""
+    for text in (ROOT / "bench/results/views-cpu.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        shape = re.fullmatch(r"1 x (\d+)x(\d+) -> (\d+) x 224", line["shape"])
+        if not shape or line["threads"] != threads or int(shape[3]) != 1 + (size // 224) ** 2:
+            continue
+        pixels = int(shape[1]) * int(shape[2])
+        for name, ratio in {"ours": 1.0, **line["ratio_to"]}.items():
+            found.setdefault(name, []).append((pixels, line["milliseconds"] * ratio))
+        about = f"{line['device']}, {threads} thread, torch {line['torch']}, commit {line['commit'][:7]}"
+    return {name: sorted(points) for name, points in found.items()}, about
+
+
+def draw(threads: int = 1, size: int = 448) -> str:
+    lines, about = series(threads, size)
+    xs = [x for points in lines.values() for x, _ in points]
+    ys = [y for points in lines.values() for _, y in points]
+    x0, x1, y0, y1 = (math.log10(v) for v in (min(xs), max(xs), min(ys) * 0.8, max(ys) * 1.3))
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (math.log10(x) - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
+        return LEFT + across, HEIGHT - BOTTOM - (math.log10(y) - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        f'<text x="{LEFT}" y="18">One picture to all encoders\' inputs at {size} px, fp32: milliseconds</text>',
+        f'<text x="{LEFT}" y="{HEIGHT - 8}" font-size="10" fill="#666">{about}</text>',
+    ]
+    for power in range(math.floor(y0), math.ceil(y1) + 1):
+        for value in (10**power, 3 * 10**power):
+            if y0 <= math.log10(value) <= y1:
+                y = at(min(xs), value)[1]
+                parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#eee"/>')
+                parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+    for x in sorted(set(xs)):
+        left = at(x, min(ys))[0]
+        parts.append(
+            f'<text x="{left:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x / 1e6:.2g} Mpixel</text>'
+        )
+    ends: list[float] = []
+    for name, points in sorted(lines.items(), key=lambda item: -item[1][-1][1]):
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
+        wide = 3 if name == "ours" else 1.5
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[name]}" stroke-width="{wide}"/>')
+        y = max([at(*points[-1])[1], *(end + 14 for end in ends[-1:])])
+        ends.append(y)
+        parts.append(f'<text x="{WIDTH - RIGHT + 8}" y="{y + 4:.1f}" fill="{COLOURS[name]}">{name}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+if __name__ == "__main__":
+    (ROOT / "docs/views.svg").write_text(draw())
