@@ -1,49 +1,126 @@
-// Rows over threads. Threads live for one call: nothing survives a fork, and nothing is shared between callers.
+// Rows over threads. A team's threads live for one call: nothing survives a fork, and nothing is shared between
+// callers.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace sphinx {
 
-// Calls f(begin, end) over disjoint chunks of `grain` items that cover [0, count), on at most `threads` threads, the
-// caller's among them. The chunks do not depend on `threads`, so neither does a result. The first exception is
-// rethrown.
+// `threads` threads, the caller's among them, for several loops in a row. The others are started by the first loop that
+// has work for them, and wait between loops.
+class Team {
+ public:
+  explicit Team(int threads) : most_(std::max(threads, 1)) {}
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  ~Team() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      stopped_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& helper : helpers_) helper.join();
+  }
+
+  // Calls f(begin, end) over disjoint chunks of `grain` items that cover [0, count). The chunks do not depend on the
+  // number of threads, so neither does a result. The first exception is rethrown.
+  template <class F>
+  void each(int64_t count, int64_t grain, F&& f) {
+    if (count <= 0) return;
+    grain = std::max<int64_t>(grain, 1);
+    const int64_t chunks = (count - 1) / grain + 1;
+    if (most_ == 1 || chunks == 1) {
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) f(chunk * grain, std::min(count, (chunk + 1) * grain));
+      return;
+    }
+    std::atomic<int64_t> next{0};
+    std::exception_ptr error;
+    std::mutex error_mutex;
+    const auto work = [&] {
+      try {
+        for (int64_t chunk; (chunk = next++) < chunks;) f(chunk * grain, std::min(count, (chunk + 1) * grain));
+      } catch (...) {
+        next = chunks;
+        const std::lock_guard<std::mutex> lock(error_mutex);
+        if (!error) error = std::current_exception();
+      }
+    };
+    using Work = decltype(work);
+    start(std::min<int64_t>(most_, chunks) - 1);  // before `work` is shown to anybody: this may throw
+    open([](const void* work) { (*static_cast<const Work*>(work))(); }, &work);
+    work();
+    close();
+    if (error) std::rethrow_exception(error);
+  }
+
+ private:
+  using Call = void (*)(const void*);
+
+  void open(Call call, const void* work) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      call_ = call;
+      work_ = work;
+      ++loop_;
+    }
+    wake_.notify_all();
+  }
+
+  // Helpers that have not come yet stay away; the caller waits for those that have.
+  void close() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    call_ = nullptr;
+    done_.wait(lock, [&] { return active_ == 0; });
+  }
+
+  void start(int64_t helpers) {
+    try {
+      while (static_cast<int64_t>(helpers_.size()) < helpers) helpers_.emplace_back([this] { help(); });
+    } catch (const std::system_error&) {
+      // The system gives no more threads: those that run, and the caller, do the work.
+    }
+  }
+
+  void help() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (uint64_t seen = 0;;) {
+      wake_.wait(lock, [&] { return stopped_ || (call_ && loop_ != seen); });
+      if (stopped_) return;
+      seen = loop_;
+      ++active_;
+      const Call call = call_;
+      const void* const work = work_;
+      lock.unlock();
+      call(work);
+      lock.lock();
+      if (--active_ == 0) done_.notify_one();
+    }
+  }
+
+  const int64_t most_;
+  std::vector<std::thread> helpers_;
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  Call call_ = nullptr;  // the loop that is open, if one is
+  const void* work_ = nullptr;
+  uint64_t loop_ = 0;
+  int active_ = 0;
+  bool stopped_ = false;
+};
+
+// One loop.
 template <class F>
 void parallel_for(int64_t count, int64_t grain, int threads, F&& f) {
-  if (count <= 0) return;
-  grain = std::max<int64_t>(grain, 1);
-  const int64_t chunks = (count - 1) / grain + 1;
-  const int64_t workers = std::min<int64_t>(std::max(threads, 1), chunks);
-
-  std::atomic<int64_t> next{0};
-  std::exception_ptr error;
-  std::mutex error_mutex;
-  auto work = [&] {
-    try {
-      for (int64_t chunk; (chunk = next++) < chunks;) f(chunk * grain, std::min(count, (chunk + 1) * grain));
-    } catch (...) {
-      next = chunks;
-      std::lock_guard<std::mutex> lock(error_mutex);
-      if (!error) error = std::current_exception();
-    }
-  };
-
-  std::vector<std::thread> helpers;
-  helpers.reserve(workers - 1);
-  try {
-    for (int64_t i = 1; i < workers; ++i) helpers.emplace_back(work);
-  } catch (const std::system_error&) {
-    // The system gives no more threads: those that run, and this one, do the work.
-  }
-  work();
-  for (std::thread& helper : helpers) helper.join();
-  if (error) std::rethrow_exception(error);
+  Team(threads).each(count, grain, f);
 }
 
 }  // namespace sphinx

@@ -30,7 +30,7 @@ void interleave_canvas(const PlanarRows& canvas, int size, uint8_t* result) {
   }
 }
 
-void run(const Job& job, const Plans& plans, const Cut& cut, const Rows& loops, int threads) {
+void run(const Job& job, const Plans& plans, const Cut& cut, const Rows& loops, Team& team) {
   const int size = cut.size();
   const PlanarRows canvas(size, size);
   const auto finished = [&](int y) {
@@ -40,8 +40,8 @@ void run(const Job& job, const Plans& plans, const Cut& cut, const Rows& loops, 
   };
   const auto resize =
       job.geometry.vertical_first ? resize_columns_first<decltype(finished)> : resize_rows_first<decltype(finished)>;
-  resize(job, plans, canvas, loops, size, threads, finished);
-  if (job.out.clip) cut.resampled_views(canvas, job.out, threads);
+  resize(job, plans, canvas, loops, size, team, finished);
+  if (job.out.clip) cut.resampled_views(canvas, job.out, team);
   if (job.canvas) interleave_canvas(canvas, size, job.canvas);
 }
 
@@ -72,10 +72,12 @@ void run_cpu(const Job* jobs, int64_t count, Isa isa, int threads) {
 
   // A picture a thread while there are enough of them, then a picture's rows over all threads.
   const int64_t whole = threads > 1 ? count / threads * threads : 0;
-  parallel_for(whole, 1, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) run(jobs[i], plans[i], cut, loops, 1);
+  Team team(threads);
+  team.each(whole, 1, [&](int64_t begin, int64_t end) {
+    Team alone(1);
+    for (int64_t i = begin; i < end; ++i) run(jobs[i], plans[i], cut, loops, alone);
   });
-  for (int64_t i = whole; i < count; ++i) run(jobs[i], plans[i], cut, loops, threads);
+  for (int64_t i = whole; i < count; ++i) run(jobs[i], plans[i], cut, loops, team);
 }
 
 }  // namespace sphinx::views

@@ -142,12 +142,15 @@ class Cut {
       for (int c = 0; c < 3; ++c) {
         const uint8_t* pixels = canvas.channel(y, c) + crop * side_;
         void* dinov2 = dinov2_.empty() ? row_of(out.dinov2, view, c, side_, line) : nullptr;
-        emit_.pixels(pixels, c, side_, row_of(out.clip, view, c, side_, line), dinov2);
+        void* clip = row_of(out.clip, view, c, side_, line);
+        emit_.pixels(pixels, c, side_, clip, dinov2);
         for (int t = copies_[line]; t < copies_[line + 1]; ++t) {
           void* convnext = row_of(out.convnext, view, c, target_, t);
           if (target_ == side_ && ratio_ > 1) {
             emit_.pixels(pixels, c, side_, convnext, nullptr);  // the light variants' crops are not rounded
-          } else {
+          } else if (item_ == 4) {
+            emit_.pick(clip, side_, view_of(nearest_, masks_), convnext);
+          } else {  // 16 bits have lost what fp16 still has
             loops_.pick(pixels, view_of(nearest_, masks_), picked.data());
             emit_.through_half(picked.data(), c, target_, convnext);
           }
@@ -157,21 +160,21 @@ class Cut {
   }
 
   // What depends on more than one canvas row: the global view, and DINOv2's views where they have a size of their own.
-  void resampled_views(const PlanarRows& canvas, const Outputs& out, int threads) const {
+  void resampled_views(const PlanarRows& canvas, const Outputs& out, Team& team) const {
     if (ratio_ > 1) {
-      each_row(overview_, canvas, threads, [&](int c, int y, const char* values) {
+      each_row(overview_, canvas, team, [&](int c, int y, const char* values) {
         void* clip = row_of(out.clip, 0, c, side_, y);
         std::memcpy(clip, values, static_cast<size_t>(side_ * item_));
         if (out.dinov2 && dinov2_.empty()) emit_.renormalise(clip, c, side_, row_of(out.dinov2, 0, c, side_, y));
         for (int t = copies_[y]; t < copies_[y + 1]; ++t) {
-          emit_.pick(values, view_of(nearest_, masks_), row_of(out.convnext, 0, c, target_, t));
+          emit_.pick(values, side_, view_of(nearest_, masks_), row_of(out.convnext, 0, c, target_, t));
         }
       });
     }
     for (const Resampling& table : dinov2_) {
       const int across = table.count() / dinov2_side_;
       const bool global = &table == &dinov2_.front();
-      each_row(table, canvas, threads, [&](int c, int y, const char* values) {
+      each_row(table, canvas, team, [&](int c, int y, const char* values) {
         for (int crop = 0; crop < across; ++crop) {
           const int view = global ? 0 : 1 + y / dinov2_side_ * ratio_ + crop;
           emit_.renormalise(values + crop * dinov2_side_ * item_, c, dinov2_side_,
@@ -190,9 +193,9 @@ class Cut {
   }
 
   template <class Use>
-  void each_row(const Resampling& table, const PlanarRows& canvas, int threads, const Use& use) const {
+  void each_row(const Resampling& table, const PlanarRows& canvas, Team& team, const Use& use) const {
     const int count = table.count();
-    parallel_for(count * 3, rows_for(table.extent() * 32), threads, [&](int64_t begin, int64_t end) {
+    team.each(count * 3, rows_for(table.extent() * 32), [&](int64_t begin, int64_t end) {
       Resampler resampler(table, canvas, loops_, emit_);
       std::vector<char> values(static_cast<size_t>(count + kSlack) * item_);
       for (int64_t index = begin; index < end; ++index) {

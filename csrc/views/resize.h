@@ -114,7 +114,7 @@ const uint8_t* const* window_lines(const AxisPlan& plan, int y, const uint8_t* p
 // Horizontal pass first. `finished(y)` is called when canvas row y is there.
 template <class Finished>
 void resize_rows_first(const Job& job, const Plans& plans, const PlanarRows& canvas, const Rows& loops, int size,
-                       int threads, const Finished& finished) {
+                       Team& team, const Finished& finished) {
   const AxisPlan &x = *plans.x, &y = *plans.y;
   const int64_t low = y.low(), height = y.high() - low;
   const PackedRows source(job.picture);
@@ -125,23 +125,22 @@ void resize_rows_first(const Job& job, const Plans& plans, const PlanarRows& can
 
   const Taps taps = x.taps();
   const int64_t groups = (height + kGroup - 1) / kGroup;
-  parallel_for(groups, rows_for(static_cast<int64_t>(taps.stride) * size * kGroup), threads,
-               [&](int64_t begin, int64_t end) {
-                 std::vector<uint8_t> copies(static_cast<size_t>(source.copy_bytes()) * kGroup);
-                 const Scratch scratch(taps);
-                 for (int64_t group = begin; group < end; ++group) {
-                   const uint8_t* lines[kGroup];
-                   uint8_t* results[kGroup];
-                   for (int i = 0; i < kGroup; ++i) {
-                     const int64_t row = std::min(group * kGroup + i, height - 1);  // the last may be done twice
-                     lines[i] = source.row(low + row, copies.data() + i * source.copy_bytes());
-                     results[i] = rows.row(row);
-                   }
-                   loops.horizontal(lines, results, rows.plane(), taps, scratch.data());
-                 }
-               });
+  team.each(groups, rows_for(static_cast<int64_t>(taps.stride) * size * kGroup), [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> copies(static_cast<size_t>(source.copy_bytes()) * kGroup);
+    const Scratch scratch(taps);
+    for (int64_t group = begin; group < end; ++group) {
+      const uint8_t* lines[kGroup];
+      uint8_t* results[kGroup];
+      for (int i = 0; i < kGroup; ++i) {
+        const int64_t row = std::min(group * kGroup + i, height - 1);  // the last may be done twice
+        lines[i] = source.row(low + row, copies.data() + i * source.copy_bytes());
+        results[i] = rows.row(row);
+      }
+      loops.horizontal(lines, results, rows.plane(), taps, scratch.data());
+    }
+  });
 
-  parallel_for(size, rows_for(rows.pitch() * y.taps().stride / 2), threads, [&](int64_t begin, int64_t end) {
+  team.each(size, rows_for(rows.pitch() * y.taps().stride / 2), [&](int64_t begin, int64_t end) {
     std::vector<const uint8_t*> storage;
     for (int64_t i = begin; i < end; ++i) {
       const int row = static_cast<int>(i);
@@ -156,7 +155,7 @@ void resize_rows_first(const Job& job, const Plans& plans, const PlanarRows& can
 // Vertical pass first: a few canvas rows at a time, straight from the picture.
 template <class Finished>
 void resize_columns_first(const Job& job, const Plans& plans, const PlanarRows& canvas, const Rows& loops, int size,
-                          int threads, const Finished& finished) {
+                          Team& team, const Finished& finished) {
   const AxisPlan &x = *plans.x, &y = *plans.y;
   const PackedRows source(job.picture);
   std::vector<const uint8_t*> packed(static_cast<size_t>(job.picture.height));
@@ -169,7 +168,7 @@ void resize_columns_first(const Job& job, const Plans& plans, const PlanarRows& 
   }
 
   const int64_t bytes = round_up(job.picture.width * 3, 64), groups = (size + kGroup - 1) / kGroup;
-  parallel_for(groups, rows_for(bytes * kGroup * y.taps().stride / 2), threads, [&](int64_t begin, int64_t end) {
+  team.each(groups, rows_for(bytes * kGroup * y.taps().stride / 2), [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> sums(static_cast<size_t>(bytes + kSlack) * kGroup);
     const Scratch scratch(x.taps());
     std::vector<const uint8_t*> storage;

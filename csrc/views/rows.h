@@ -55,7 +55,8 @@ struct Emit {
   void (*renormalise)(const void* clip, int c, int count, void* result);
   // Four lines of filter_row -> their vertical filter, rounded to fp16, in T.
   void (*filter_column)(const float* const* lines, const float* weights, int count, void* result);
-  void (*pick)(const void* row, const Nearest& nearest, void* result);
+  // row[index[x]] of `extent` values T; f32 values are rounded to fp16, as the others are already.
+  void (*pick)(const void* row, int extent, const Nearest& nearest, void* result);
 };
 
 struct Rows {

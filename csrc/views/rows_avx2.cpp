@@ -39,6 +39,10 @@ struct Eight {
   static F gather(const float* from, const int32_t* index) {
     return _mm256_i32gather_ps(from, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), 4);
   }
+  static F permute(const float* from, const int32_t* index, int base) {
+    const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
+    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(from), _mm256_sub_epi32(all, _mm256_set1_epi32(base)));
+  }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }

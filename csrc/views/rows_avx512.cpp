@@ -40,6 +40,10 @@ struct Sixteen {
   static F gather(const float* from, const int32_t* index) {
     return _mm512_i32gather_ps(_mm512_loadu_si512(index), from, 4);
   }
+  static F permute(const float* from, const int32_t* index, int base) {
+    const __m512i near = _mm512_sub_epi32(_mm512_loadu_si512(index), _mm512_set1_epi32(base));
+    return _mm512_permutexvar_ps(near, _mm512_loadu_ps(from));
+  }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }

@@ -3,7 +3,8 @@
 // function compiled for one set can stand in for another.
 //
 // V offers: set(float), load(const T*) and store(T*, F) for every dtype T (store rounds), pixels(const uint8_t*),
-// even_odd(const uint8_t*, F&, F&) of 2 * kWidth pixels, gather(const float*, const int32_t*), add, sub, mul, fma,
+// even_odd(const uint8_t*, F&, F&) of 2 * kWidth pixels, gather(const float*, const int32_t*),
+// permute(from, index, base) = gather(from - base, index) of kWidth neighbours, add, sub, mul, fma,
 // divide(x, d, 1 / d) correctly rounded, and rounded<T>(F).
 #pragma once
 
@@ -33,6 +34,7 @@ struct Lane {
     odd = static_cast<float>(from[1]);
   }
   static F gather(const float* from, const int32_t* index) { return from[*index]; }
+  static F permute(const float* from, const int32_t* index, int base) { return from[*index - base]; }
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
@@ -199,12 +201,20 @@ void pick(const uint8_t* row, const Nearest& nearest, uint8_t* result) {
 }
 
 template <class V, class T>
-void pick_from(int begin, const T* row, const Nearest& nearest, T* result) {
-  int x = begin;
+void pick_from(const T* row, int extent, const Nearest& nearest, T* result) {
+  int x = 0;
   if constexpr (sizeof(T) == 4) {
-    for (; x + V::kWidth <= nearest.count; x += V::kWidth) V::store(result + x, V::gather(row, nearest.index + x));
+    const bool near = nearest.masks && extent >= V::kWidth;  // kWidth neighbours come from as many
+    for (; x + V::kWidth <= nearest.count; x += V::kWidth) {
+      const int32_t* const index = nearest.index + x;
+      const int last = extent - V::kWidth, base = index[0] < last ? index[0] : last;
+      const typename V::F values = near ? V::permute(row + base, index, base) : V::gather(row, index);
+      V::store(result + x, V::template rounded<Half>(values));
+    }
+    for (; x < nearest.count; ++x) result[x] = rounded<Half>(row[nearest.index[x]]);
+  } else {
+    for (; x < nearest.count; ++x) result[x] = row[nearest.index[x]];
   }
-  for (; x < nearest.count; ++x) result[x] = row[nearest.index[x]];
 }
 
 template <class V, class T>
@@ -222,8 +232,8 @@ Emit make_emit() {
       [](const float* const* lines, const float* weights, int count, void* result) {
         filter_column_from<V>(0, lines, weights, count, static_cast<T*>(result));
       },
-      [](const void* row, const Nearest& nearest, void* result) {
-        pick_from<V>(0, static_cast<const T*>(row), nearest, static_cast<T*>(result));
+      [](const void* row, int extent, const Nearest& nearest, void* result) {
+        pick_from<V>(static_cast<const T*>(row), extent, nearest, static_cast<T*>(result));
       },
   };
 }
