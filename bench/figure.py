@@ -49,7 +49,8 @@ def draw(threads: int = 1, size: int = 448) -> str:
         return LEFT + across, HEIGHT - BOTTOM - (math.log10(y) - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+        'font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         f'<text x="{LEFT}" y="18">One picture to all encoders\' inputs at {size} px, fp32: milliseconds</text>',
         f'<text x="{LEFT}" y="{HEIGHT - 8}" font-size="10" fill="#666">{about}</text>',
