@@ -315,3 +315,52 @@ def test_cuda_equals_cpu(picture_size: int, view_size: int, dtype: torch.dtype) 
         assert torch.equal(output.check(name).cpu(), wanted), name
     for picture in on_device:
         assert torch.equal(canvas(picture, picture_size).cpu(), canvas(picture.cpu(), picture_size))
+
+
+@pytest.mark.gpu
+def test_cuda_training_transforms_and_light_variants_equal_cpu() -> None:
+    pictures = [noise(500, 90), noise(200, 700, 1), noise(64, 64, 2)]
+    for size in ((448, 224, 224, 256), (512, 512, 224, 512), (1024, 512, 224, 512)):
+        named: Any = dict(zip(("picture_size", "view_size", "dinov2_size", "convnext_size"), size, strict=True))
+        generator = torch.Generator().manual_seed(0)
+        geometries = [random_resized_crop(p.shape[0], p.shape[1], size[0], generator=generator) for p in pictures]
+        geometries[1] = resized_center_crop(200, 700, size[0])
+        expected = encoder_views(pictures, **named, geometries=geometries)
+        made = encoder_views([p.cuda() for p in pictures], **named, geometries=geometries)
+        assert all(torch.equal(one.cpu(), wanted) for one, wanted in zip(made, expected, strict=True)), size
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [33, 321, 700])
+def test_cuda_batches_larger_than_a_launch(count: int) -> None:
+    pictures = [noise(20 + index % 7, 30, index) for index in range(count)]
+    made = views([picture.cuda() for picture in pictures], picture_size=16, view_size=8)
+    assert torch.equal(made.cpu(), views(pictures, picture_size=16, view_size=8))
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_on_new_pixels() -> None:
+    picture = noise(300, 400).cuda()
+    size: Any = {"picture_size": 448, "view_size": 224}
+    out = views([picture], **size)  # once outside: loads the kernel
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        views([picture], **size, out=out)
+    picture.copy_(noise(300, 400, 1))
+    out.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(out.cpu(), views([noise(300, 400, 1)], **size))
+
+
+@pytest.mark.gpu
+def test_cuda_runs_on_the_callers_stream() -> None:
+    """The pictures come into being on the same stream, behind a long wait: a call on another one would not see them."""
+    source, stream = noise(700, 900), torch.cuda.Stream()
+    picture = torch.zeros(700, 900, 3, dtype=torch.uint8, device="cuda")
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        picture.copy_(source.pin_memory(), non_blocking=True)
+        made = views([picture], picture_size=448, view_size=224)
+    stream.synchronize()
+    assert torch.equal(made.cpu(), views([source], picture_size=448, view_size=224))
