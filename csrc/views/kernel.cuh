@@ -228,8 +228,8 @@ __global__ void __launch_bounds__(kBlock) views_kernel(const __grid_constant__ B
     add_strip(tile, row, count, weights, shared);
     __syncthreads();
   }
-  __syncthreads();
 
+  // Each sum is read by the thread that added it up.
   const int per_line = tile.along.count * 3;
   SPHINX_EACH(index, tile.across.count * per_line) {
     const int j = index / per_line, c = index % per_line / tile.along.count, i = index % tile.along.count;

@@ -30,11 +30,12 @@ int nearest(int i, int in, int out) {
   return nearest_index(i, in, out);
 }
 
-// What run_cuda in launch.cu does. dtype: 0 float32, 1 float16, 2 bfloat16; axes: in, before, extent, out, begin of y,
-// then of x, for each picture; strides in bytes. Returns 1 when no block left its shared memory.
+// What run_cuda in launch.cu does. dtype: 0 float32, 1 float16, 2 bfloat16; `threads` a block; axes: in, before,
+// extent, out, begin of y, then of x, for each picture; strides in bytes. Returns 1 when no block left its shared
+// memory.
 int views_on_host(int count, const uint8_t* const* pixels, const int64_t* strides, const int64_t* axes,
                   const int* vertical_first, int picture_size, int view_size, int dinov2_size, int convnext_size,
-                  int dtype, uint8_t* canvas, void* clip, void* dinov2, void* convnext) {
+                  int dtype, unsigned threads, uint8_t* canvas, void* clip, void* dinov2, void* convnext) {
   const DType dtypes[] = {DType::f32, DType::f16, DType::bf16};
   const Outputs out{clip, dinov2, convnext, picture_size, view_size, dinov2_size, convnext_size, dtypes[dtype]};
   std::vector<Job> jobs;
@@ -50,8 +51,9 @@ int views_on_host(int count, const uint8_t* const* pixels, const int64_t* stride
   const Dim3 grid{static_cast<unsigned>(tiles_of(out)), static_cast<unsigned>(count), 1};
   const size_t shared = sizeof(Shared) + batch.table_bytes;
   bool kept = false;
-  dispatch_float(out.dtype,
-                 [&](auto type) { kept = launch_on_host(grid, shared, views_kernel<decltype(type), kSmall>, batch); });
+  dispatch_float(out.dtype, [&](auto type) {
+    kept = launch_on_host(grid, threads, shared, views_kernel<decltype(type), kSmall>, batch);
+  });
   return kept;
 }
 

@@ -19,16 +19,20 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def compiled(source: str, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    library = tmp_path_factory.mktemp("host") / "host_views.so"
     includes = [f"-I{HERE / 'host_cuda'}", f"-I{ROOT / 'csrc'}"]
-    options = ["-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-w"]
-    command = [compiler, *options, *includes, str(HERE / "host_views.cpp"), "-o", str(library)]
-    subprocess.run(command, check=True, timeout=120)
+    shared = ["-std=c++17", "-ffp-contract=off", "-pthread", "-w", *options]
+    command = [compiler, *shared, *includes, str(HERE / source), "-o", str(output)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    library = tmp_path_factory.mktemp("host") / "host_views.so"
+    compiled("host_views.cpp", library, "-O2", "-shared", "-fPIC").check_returncode()
     return ctypes.CDLL(str(library))
 
 
@@ -43,9 +47,15 @@ def axes_of(geometry: Geometry) -> list[int]:
 
 
 def run_kernel(
-    host: Any, pictures: list[Tensor], geometries: list[Geometry], canvas: Tensor, out: EncoderViews, sizes: list[int]
+    host: Any,
+    pictures: list[Tensor],
+    geometries: list[Geometry],
+    canvas: Tensor,
+    out: EncoderViews,
+    sizes: list[int],
+    threads: int = 1,
 ) -> None:
-    """The one launch of run_cuda; `sizes`: picture, view."""
+    """The one launch of run_cuda; `sizes`: picture, view. `threads` of a block."""
     picture_size, view_size = sizes
     count = len(pictures)
     starts = [
@@ -62,6 +72,7 @@ def run_kernel(
         (ctypes.c_int * count)(*(int(geometry.vertical_first) for geometry in geometries)),
         *(picture_size, view_size, out.dinov2.shape[-1], out.convnext.shape[-1]),
         [torch.float32, torch.float16, torch.bfloat16].index(out.clip.dtype),
+        threads,
         *(pointer(tensor) for tensor in (canvas, *out)),
     )
     assert kept == 1, "a block wrote past its shared memory"
@@ -99,6 +110,32 @@ def test_the_kernel_equals_the_cpu_half(
         assert torch.equal(made, canvas(picture, picture_size, geometry=geometry))
     for name, output, wanted in zip(expected._fields, outputs, expected, strict=True):
         assert torch.equal(output, wanted), name
+
+
+def test_the_threads_of_a_block_wait_for_each_other(host: Any) -> None:
+    """Seven threads a block on shared memory that starts as garbage: a missing barrier shows as a wrong byte."""
+    pictures = [torch.randint(0, 256, (h, w, 3), dtype=torch.uint8) for h, w in ((150, 90), (70, 300))]
+    geometries = [padded_resize(150, 90, 84), resized_region((3, 5), (60, 290), 84)]
+    size: Any = {"picture_size": 84, "view_size": 42, "dinov2_size": 42, "convnext_size": 48}
+    expected = encoder_views(pictures, **size, geometries=geometries)
+    made = torch.empty(2, 84, 84, 3, dtype=torch.uint8)
+    for _ in range(3):
+        outputs = EncoderViews(*(torch.full_like(tensor, torch.nan) for tensor in expected))
+        run_kernel(host, pictures, geometries, made, outputs, [84, 42], threads=7)
+        assert all(torch.equal(output, wanted) for output, wanted in zip(outputs, expected, strict=True))
+
+
+def test_no_two_threads_of_a_block_race(tmp_path: Path) -> None:
+    program = tmp_path / "race_views"
+    build = compiled("race_views.cpp", program, "-O1", "-g", "-fsanitize=thread")
+    if "tsan" in build.stderr:
+        pytest.skip("this compiler has no ThreadSanitizer")
+    build.check_returncode()
+    run = subprocess.run([program], capture_output=True, text=True, timeout=240, check=False)
+    if "unexpected memory mapping" in run.stderr:
+        pytest.skip("ThreadSanitizer does not run on this kernel")
+    assert "ThreadSanitizer" not in run.stderr, run.stderr[:2000]
+    assert run.stdout.strip() == "done"
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(3000, 2, 5), (5, 70_000, 16), (1, 2000, 2), (900, 1200, 3)])

@@ -1,10 +1,13 @@
-// Enough of CUDA's language for a C++ compiler to run this project's kernels on the CPU, a thread at a time: every
-// block has one thread, so __syncthreads() has nobody to wait for. It tests indices and arithmetic, not races.
+// Enough of CUDA's language for a C++ compiler to run this project's kernels on the CPU: a block is a few threads that
+// meet at __syncthreads(), blocks follow one another. It tests indices, arithmetic and, under ThreadSanitizer, races.
 #pragma once
 
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
+#include <thread>
 #include <vector>
 
 #define __CUDACC__
@@ -19,9 +22,32 @@
 struct Dim3 {
   unsigned x, y, z;
 };
-inline Dim3 blockIdx{0, 0, 0}, gridDim{1, 1, 1};
-constexpr Dim3 threadIdx{0, 0, 0}, blockDim{1, 1, 1};
-inline void __syncthreads() {}
+inline thread_local Dim3 blockIdx{0, 0, 0}, threadIdx{0, 0, 0};
+inline Dim3 gridDim{1, 1, 1}, blockDim{1, 1, 1};
+
+class Barrier {
+ public:
+  void wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const unsigned round = round_;
+    if (++here_ == blockDim.x) {
+      here_ = 0;
+      ++round_;
+      all_.notify_all();
+    } else {
+      all_.wait(lock, [&] { return round_ != round; });
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable all_;
+  unsigned here_ = 0, round_ = 0;
+};
+inline Barrier block_barrier;
+inline void __syncthreads() {
+  block_barrier.wait();
+}
 
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
@@ -39,21 +65,32 @@ inline cudaError_t cudaSetDevice(int) {
 inline unsigned char* shared_on_host = nullptr;
 #define SPHINX_DYNAMIC_SHARED(name) unsigned char* name = shared_on_host
 
-// Runs a kernel over a grid of blocks with `shared` bytes of dynamic shared memory; true when nothing past them was
-// written.
+// Runs a kernel over a grid of blocks of `threads`, with `shared` bytes of dynamic shared memory; true when nothing
+// past them was written.
 template <class Kernel, class Arguments>
-bool launch_on_host(Dim3 grid, size_t shared, Kernel kernel, const Arguments& arguments) {
+bool launch_on_host(Dim3 grid, unsigned threads, size_t shared, Kernel kernel, const Arguments& arguments) {
   constexpr size_t kGuard = 4096;
   std::vector<double> memory((shared + kGuard) / sizeof(double) + 2);
   shared_on_host = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) / 16 * 16);
   std::memset(shared_on_host + shared, 0x5a, kGuard - 16);
   gridDim = grid;
-  for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
-    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-      std::memset(shared_on_host, 0xa5, shared);
-      kernel(arguments);
+  blockDim = {threads, 1, 1};
+  const auto run = [&](unsigned thread) {
+    threadIdx = {thread, 0, 0};
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        blockIdx = {x, y, 0};
+        __syncthreads();
+        if (thread == 0) std::memset(shared_on_host, 0xa5, shared);
+        __syncthreads();
+        kernel(arguments);
+      }
     }
-  }
+  };
+  std::vector<std::thread> helpers;
+  for (unsigned thread = 1; thread < threads; ++thread) helpers.emplace_back(run, thread);
+  run(0);
+  for (std::thread& helper : helpers) helper.join();
   for (size_t i = 0; i < kGuard - 16; ++i) {
     if (shared_on_host[shared + i] != 0x5a) return false;
   }
