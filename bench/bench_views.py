@@ -9,6 +9,7 @@ Ours is one call of `encoder_views`: pad, resize, views, both normalisations, Co
     resize        that resize alone, of the padded square, channels last: the aim from 1920 x 1080 on
     resize+write  and the time to fill our outputs: what we must not exceed
     limit         reading the picture and filling the outputs, nothing else
+    our avx2      our loops for AVX2, where the processor has AVX-512 too
 With --device cuda ours and the torch peers work on pictures that are on the device already.
 """
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from sphinx_fast.image.geometry import padded_resize
 from sphinx_fast.image.views import CLIP_MEAN, CLIP_STD, PAD_COLOUR, normalise, num_views, reference_canvas
-from sphinx_fast.ops import EncoderViews, encoder_views
+from sphinx_fast.ops import EncoderViews, encoder_views, extension
 from sphinx_fast.vision.dinov2 import renormalize
 from sphinx_fast.vision.tower import bicubic_through_half, split_crops
 
@@ -95,6 +96,13 @@ def calls_of(shape: tuple[int, int, int, int], device: str) -> tuple[dict[str, C
         "resize+write": lambda: ([resize(square, size) for square in squares], write()),
         "limit": lambda: ([word.sum() for word in words], write()),
     }
+    if device == "cpu":
+        numbers = [n for p in pictures for n in padded_resize(p.shape[0], p.shape[1], size).numbers()]
+        for isa in extension().isas()[1:-1]:
+            calls[f"our {isa}"] = lambda isa=isa: extension().views(
+                pictures, numbers, picture_size=size, view_size=VIEW, out=out.clip, dinov2=out.dinov2,
+                convnext=out.convnext, canvas=None, isa=isa, threads=torch.get_num_threads(),
+            )  # fmt: skip
     moved = sum(p.numel() for p in pictures) + sum(t.numel() * t.element_size() for t in out)
     return calls, moved
 

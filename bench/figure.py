@@ -33,6 +33,8 @@ def series(threads: int, size: int) -> tuple[dict[str, list[tuple[float, float]]
             continue
         pixels = int(shape[1]) * int(shape[2])
         for name, ratio in {"ours": 1.0, **line["ratio_to"]}.items():
+            if name not in COLOURS:
+                continue
             found.setdefault(name, []).append((pixels, line["milliseconds"] * ratio))
         about = f"{line['device']}, {threads} thread, torch {line['torch']}, commit {line['commit'][:7]}"
     return {name: sorted(points) for name, points in found.items()}, about
