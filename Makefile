@@ -20,6 +20,7 @@ $(VENV)/stamp-torch: constraints.txt
 
 $(VENV)/stamp-deps: $(VENV)/stamp-torch pyproject.toml
 	$(PIP) "setuptools>=77" "pybind11>=2.13" ninja "cmake>=3.24"
+	if command -v nvcc >/dev/null; then $(PIP) --no-deps nvidia-cutlass; fi   # headers only
 	@touch $@
 
 $(VENV)/stamp-build: $(VENV)/stamp-deps $(SOURCES)

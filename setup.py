@@ -5,6 +5,7 @@ Options pass through the environment variable CMAKE_ARGS, for example CMAKE_ARGS
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,4 +31,12 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--install", str(build), "--prefix", str(target)], check=True)
 
 
-setup(ext_modules=[Extension("sphinx_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+# What an isolated build installs beside pyproject.toml's list: headers for one CUDA kernel, where they can be of use.
+# Without isolation nothing is installed, and CMake does without what is not there.
+CUTLASS = ["nvidia-cutlass==4.2.0.0"] if shutil.which("nvcc") and not os.environ.get("CUTLASS_DIR") else []
+
+setup(
+    ext_modules=[Extension("sphinx_fast._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    setup_requires=CUTLASS,
+)

@@ -29,12 +29,16 @@ class Line:
     gigabytes_per_second: float
     percent_of_ceiling: float
     ratio_to: dict[str, float] = field(default_factory=dict)  # peer -> its time / ours
+    teraflops_per_second: float | None = None  # where arithmetic is the limit, not memory
+    ceiling: str = "copy"
 
     def __str__(self) -> str:
         peers = "  ".join(f"{ratio:.2f}x {name}" for name, ratio in self.ratio_to.items())
+        tera = self.teraflops_per_second
+        rate = f"{self.gigabytes_per_second:8.2f} GB/s" if tera is None else f"{tera:8.3f} TFLOP/s"
         return (
-            f"{self.room:<10} {self.shape:<34} {self.milliseconds:9.3f} ms {self.gigabytes_per_second:8.2f} GB/s "
-            f"{self.percent_of_ceiling:5.1f} % of copy  {peers}"
+            f"{self.room:<10} {self.shape:<34} {self.milliseconds:9.3f} ms {rate} "
+            f"{self.percent_of_ceiling:5.1f} % of {self.ceiling}  {peers}"
         )
 
 
@@ -88,14 +92,22 @@ def measure(
     shape: str,
     ours: Call,
     peers: dict[str, Call],
-    bytes_moved: int,
-    ceiling: float,
+    work: float,
+    ceiling: float | str,
     chosen: argparse.Namespace,
 ) -> Line:
-    """Times ours beside its peers; `bytes_moved` is what must be read and written at least."""
+    """Times ours beside its peers.
+
+    `work` is the bytes that must be read and written at least, and `ceiling` the GB/s of a copy; or `work` is
+    operations and `ceiling` the peer that does nothing but them.
+    """
     seconds = median_seconds({"": ours, **peers}, chosen.device, chosen.seconds)
-    rate = bytes_moved / seconds[""] / 1e9
-    line = Line(room, shape, seconds[""] * 1e3, rate, 100 * rate / ceiling)
+    rate = work / seconds[""] / 1e9
+    if isinstance(ceiling, str):
+        line = Line(room, shape, seconds[""] * 1e3, 0.0, 100 * seconds[ceiling] / seconds[""])
+        line.teraflops_per_second, line.ceiling = rate / 1e3, ceiling
+    else:
+        line = Line(room, shape, seconds[""] * 1e3, rate, 100 * rate / ceiling)
     line.ratio_to = {name: seconds[name] / seconds[""] for name in peers}
     print(line, flush=True)
     return line

@@ -1,12 +1,19 @@
 // sphinx_fast._C: one bind line per room, and what this build is.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include "common/check.h"
+#include <string>
+#include <vector>
+
+#include "common/isa.h"
 
 namespace py = pybind11;
 
 namespace sphinx {
 
+namespace fusion {
+void bind(py::module_& module);
+}
 namespace views {
 void bind(py::module_& module);
 }
@@ -26,6 +33,11 @@ py::dict build_info() {
   return info;
 }
 
+// The instruction sets of this processor that there are loops for, the best last.
+std::vector<std::string> isas() {
+  return {kIsaNames, kIsaNames + static_cast<int>(best_isa()) + 1};
+}
+
 }  // namespace
 }  // namespace sphinx
 
@@ -38,5 +50,7 @@ PYBIND11_MODULE(_C, module) {
     }
   });
   module.def("build_info", &sphinx::build_info);
+  module.def("isas", &sphinx::isas);
+  sphinx::fusion::bind(module);
   sphinx::views::bind(module);
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bench_tower
 import bench_views
 import pytest
 import torch
 from bench_loading import drawn_picture, jpeg, processors
+from tiny import tiny_config
 
 from sphinx_fast.ops import encoder_views
 
@@ -34,3 +36,19 @@ def test_every_processor_of_the_loading_benchmark_runs() -> None:
     for name, processor in processors().items():
         made = processor([picture], return_tensors="pt")["pixel_values"]
         assert made.shape[1] == 3, name
+
+
+@pytest.mark.parametrize("name", [*bench_tower.ENCODERS, "all"])
+@torch.no_grad()
+def test_every_call_of_the_tower_benchmark_does_the_same_work(name: str) -> None:
+    tower = bench_tower.tower_of(tiny_config().vision_config)
+    calls, operations = bench_tower.calls_of(tower, name, 2)
+    assert list(calls) == ["", "view by view", "batched", "products"] and operations > 1e5
+    made = {peer: call() for peer, call in calls.items()}
+    if name == "all":
+        ours = (made[""].patches, made[""].queries)
+        for peer in ("view by view", "batched"):
+            for one, other in zip(ours, made[peer], strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    else:
+        torch.testing.assert_close(made["view by view"], made["batched"], rtol=1e-4, atol=1e-5)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from close import assert_close
+from torch import Tensor
 
-from sphinx_fast import SphinxConfig, SphinxForConditionalGeneration
+from sphinx_fast import SphinxConfig, SphinxForConditionalGeneration, SphinxVisionConfig
+from sphinx_fast.ops import EncoderViews
+from sphinx_fast.vision import VisionFeatures, VisionTower
 from sphinx_fast.weights.accessory import convert
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -73,6 +78,55 @@ def tiny_config(vision: dict[str, Any] | None = None, text: dict[str, Any] | Non
     return SphinxConfig(
         vision_config={**VISION, **(vision or {})}, text_config={**TEXT, **(text or {})}, image_token_id=400
     )
+
+
+def light_vision(views: int) -> SphinxVisionConfig:
+    """The light variants in small: views of 128, ConvNeXt at the view's size, DINOv2 at 7/16 of it as there."""
+    return SphinxVisionConfig(
+        picture_size=128 if views == 1 else 256,
+        view_size=128,
+        grid_size=4,
+        convnext_size=128,
+        dinov2_size=56,
+        convnext_config=VISION["convnext_config"],
+        dinov2_config={**VISION["dinov2_config"], "image_size": 56, "patch_size": 14},
+    )
+
+
+def tiny_tower(config: SphinxVisionConfig) -> VisionTower:
+    """A seeded random tower in fp32 whose every weight counts."""
+    torch.manual_seed(0)
+    tower = VisionTower(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return tower
+
+
+def tiny_views(count: int, size: int) -> Tensor:
+    """Seeded random views [count, 3, size, size]; the first ones are the same for any count."""
+    generators = (torch.Generator().manual_seed(1 + index) for index in range(count))
+    return torch.stack([torch.randn(3, size, size, generator=generator) for generator in generators])
+
+
+@torch.no_grad()
+def tower_by_modules(tower: VisionTower, seen: Tensor | EncoderViews) -> VisionFeatures:
+    """What the encoders' own modules make of `seen`."""
+    return tower._as_modules(tower.encoder_inputs(seen))
+
+
+def assert_tower_close(tower: VisionTower, seen: Tensor | EncoderViews) -> None:
+    """What the tower makes of `seen` is as near to the modules in float64 as the modules themselves are."""
+    with torch.no_grad():
+        ours = tower(seen)
+    inputs = tower.encoder_inputs(seen)
+    theirs = tower_by_modules(tower, inputs)
+    exact = tower_by_modules(copy.deepcopy(tower).double(), EncoderViews(*(view.double() for view in inputs)))
+    assert_close(ours.patches, theirs.patches, exact.patches, "patches")
+    assert (ours.queries is None) == (theirs.queries is None)
+    if ours.queries is not None and theirs.queries is not None and exact.queries is not None:
+        assert_close(ours.queries, theirs.queries, exact.queries, "queries")
 
 
 def tiny_model(config: SphinxConfig | None = None, seed: int = 0) -> SphinxForConditionalGeneration:

@@ -46,8 +46,9 @@ def _extension_lines() -> list[str]:
     lines = [f"extension     {info['path']}, {info['compiler']}"]
     loops = extension().isas()[-1]  # the instruction set found
     if info["cuda"] is not None:
-        return [*lines, f"kernels       views on CPU ({loops}) and CUDA ({info['cuda_archs']}, nvcc {info['cuda']})"]
-    lines.append(f"kernels       views on CPU ({loops}); {info['why_not']}")
+        cuda = f"{info['cuda_archs']}, nvcc {info['cuda']}"
+        return [*lines, f"kernels       fusion, views on CPU ({loops}) and CUDA ({cuda})"]
+    lines.append(f"kernels       fusion, views on CPU ({loops}); {info['why_not']}")
     if torch.cuda.is_available():
         lines.append(f"  to do       {info['hint']}")
     return lines

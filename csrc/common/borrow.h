@@ -37,13 +37,28 @@ inline std::string take_python_error() {
   return text;
 }
 
+// Whether tensors of a type are what they look like. One that computes in Python (its __torch_dispatch__ is not the
+// disabled one) may have no memory, as a fake tensor: a slice of it starts at an address that is an offset from NULL.
+inline bool has_memory(PyTypeObject* type) {
+  PyObject* const dispatch = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__torch_dispatch__");
+  PyObject* const name = dispatch ? PyObject_GetAttrString(dispatch, "__name__") : nullptr;
+  const char* const text = name ? PyUnicode_AsUTF8(name) : nullptr;
+  const bool plain = !dispatch || (text && std::string(text) == "_disabled_torch_dispatch_impl");
+  Py_XDECREF(dispatch);
+  Py_XDECREF(name);
+  PyErr_Clear();
+  return plain;
+}
+
 // The exchange table of an object's type, or NULL. The last type is remembered, and kept alive so that its address
-// cannot come to mean another type. Called with the GIL held.
-inline const dlpack::ExchangeTable* exchange_table(PyObject* object) {
+// cannot come to mean another type. Called with the GIL held. ValueError where the type has no memory.
+inline const dlpack::ExchangeTable* exchange_table(PyObject* object, const std::string& name) {
   static PyTypeObject* known_type = nullptr;
   static const dlpack::ExchangeTable* known_table = nullptr;
   PyTypeObject* type = Py_TYPE(object);
   if (type == known_type) return known_table;
+  check(has_memory(type), name, ": expected memory, got a ", type->tp_name,
+        ", which computes in Python and may have none");
 
   const dlpack::ExchangeTable* table = nullptr;
   if (PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__")) {
@@ -92,7 +107,7 @@ class Borrow {
   // `object` must outlive the Borrow; the call's arguments do.
   Borrow(PyObject* object, std::string name) {
     view_.name = std::move(name);
-    const dlpack::ExchangeTable* table = exchange_table(object);
+    const dlpack::ExchangeTable* table = exchange_table(object, view_.name);
     dlpack::Tensor tensor{};
     if (table) {
       if (table->borrow_from_python(object, &tensor) != 0) {

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/isa.h"
 #include "common/tensor_view.h"
 
 namespace sphinx::views {
@@ -50,10 +51,7 @@ struct Job {
   Outputs out;      // all NULL when only the canvas is wanted; sizes and dtype are the same for all jobs of a call
 };
 
-// The instruction sets the CPU half has loops for; all give the same bits.
-enum class Isa : uint8_t { plain, avx2, avx512 };
-Isa best_isa();
-
+// All instruction sets give the same bits.
 void run_cpu(const Job* jobs, int64_t count, Isa isa, int threads);
 
 // CUDA: one launch for up to kLarge jobs (kernel.cuh) on `stream`; nothing is allocated, copied or waited for.

@@ -17,20 +17,9 @@ namespace py = pybind11;
 namespace sphinx::views {
 namespace {
 
-constexpr const char* kIsaNames[] = {"plain", "avx2", "avx512"};
-
 int checked_size(int64_t value, int64_t most, const char* name) {
   check(value >= 1 && value <= most, name, ": expected 1 to ", most, ", got ", value);
   return static_cast<int>(value);
-}
-
-Isa checked_isa(const std::optional<std::string>& name) {
-  if (!name) return best_isa();
-  for (int i = 0; i <= static_cast<int>(best_isa()); ++i) {
-    if (*name == kIsaNames[i]) return static_cast<Isa>(i);
-  }
-  throw std::invalid_argument(
-      concat("isa: expected plain to ", kIsaNames[static_cast<int>(best_isa())], " on this processor, got ", *name));
 }
 
 // --- one picture's geometry: kNumbers integers, in the order of sphinx_fast.image.geometry.Geometry
@@ -181,7 +170,6 @@ void bind(py::module_& module) {
   module.def("views", &run_views, py::arg("pictures"), py::arg("geometry"), py::kw_only(), py::arg("picture_size"),
              py::arg("view_size"), py::arg("out"), py::arg("dinov2"), py::arg("convnext"), py::arg("canvas"),
              py::arg("isa"), py::arg("threads"));
-  module.def("isas", [] { return std::vector<std::string>(kIsaNames, kIsaNames + static_cast<int>(best_isa()) + 1); });
 }
 
 }  // namespace sphinx::views

@@ -47,21 +47,6 @@ void run(const Job& job, const Plans& plans, const Cut& cut, const Rows& loops, 
 
 }  // namespace
 
-Isa best_isa() {
-#ifdef SPHINX_X86
-  static const Isa best = [] {
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return avx2 ? avx512 ? Isa::avx512 : Isa::avx2 : Isa::plain;
-  }();
-  return best;
-#else
-  return Isa::plain;
-#endif
-}
-
 void run_cpu(const Job* jobs, int64_t count, Isa isa, int threads) {
   if (count == 0) return;
   const Rows& loops = rows_of(isa);

@@ -1,50 +1,14 @@
-// The loops of rows.h that all instruction sets share, written once over a vector type V: width V::kWidth, values V::F.
-// Included by rows_*.cpp, each compiled for its instruction set; everything here has internal linkage, so that no
-// function compiled for one set can stand in for another.
-//
-// V offers: set(float), load(const T*) and store(T*, F) for every dtype T (store rounds), pixels(const uint8_t*),
-// even_odd(const uint8_t*, F&, F&) of 2 * kWidth pixels, gather(const float*, const int32_t*),
-// permute(from, index, base) = gather(from - base, index) of kWidth neighbours, add, sub, mul, fma,
-// divide(x, d, 1 / d) correctly rounded, and rounded<T>(F).
+// The loops of rows.h that all instruction sets share, written once over a vector type V of common/simd.h. Included by
+// rows_*.cpp, each compiled for its instruction set; everything here has internal linkage, so that no function compiled
+// for one set can stand in for another.
 #pragma once
 
+#include "common/simd.h"
 #include "views/math.h"
 #include "views/rows.h"
 
 namespace sphinx::views {
 namespace {
-
-// One lane of plain C++: the tail of every loop, and all of it in rows_plain.cpp.
-struct Lane {
-  using F = float;
-  static constexpr int kWidth = 1;
-
-  static F set(float value) { return value; }
-  template <class T>
-  static F load(const T* from) {
-    return to_float(*from);
-  }
-  template <class T>
-  static void store(T* to, F value) {
-    *to = from_float<T>(value);
-  }
-  static F pixels(const uint8_t* from) { return static_cast<float>(*from); }
-  static void even_odd(const uint8_t* from, F& even, F& odd) {
-    even = static_cast<float>(from[0]);
-    odd = static_cast<float>(from[1]);
-  }
-  static F gather(const float* from, const int32_t* index) { return from[*index]; }
-  static F permute(const float* from, const int32_t* index, int base) { return from[*index - base]; }
-  static F add(F a, F b) { return a + b; }
-  static F sub(F a, F b) { return a - b; }
-  static F mul(F a, F b) { return a * b; }
-  static F fma(F a, F b, F c) { return fused(a, b, c); }
-  static F divide(F x, F d, F) { return x / d; }
-  template <class T>
-  static F rounded(F value) {
-    return sphinx::rounded<T>(value);
-  }
-};
 
 // (u8 / 255 - mean) / std.
 template <class V>

@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from host import library, pointer, under_thread_sanitizer
 from torch import Tensor
 
 from sphinx_fast.image.geometry import PILLOW, Geometry, padded_resize, resized_center_crop, resized_region
 from sphinx_fast.ops import EncoderViews, canvas, encoder_views
 
-ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).resolve().parent
-
-
-def compiled(source: str, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    includes = [f"-I{HERE / 'host_cuda'}", f"-I{ROOT / 'csrc'}"]
-    shared = ["-std=c++17", "-ffp-contract=off", "-pthread", "-w", *options]
-    command = [compiler, *shared, *includes, str(HERE / source), "-o", str(output)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    library = tmp_path_factory.mktemp("host") / "host_views.so"
-    compiled("host_views.cpp", library, "-O2", "-shared", "-fPIC").check_returncode()
-    return ctypes.CDLL(str(library))
-
-
-def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+    return library("host_views.cpp", tmp_path_factory.mktemp("host"))
 
 
 def axes_of(geometry: Geometry) -> list[int]:
@@ -126,14 +106,7 @@ def test_the_threads_of_a_block_wait_for_each_other(host: Any) -> None:
 
 
 def test_no_two_threads_of_a_block_race(tmp_path: Path) -> None:
-    program = tmp_path / "race_views"
-    build = compiled("race_views.cpp", program, "-O1", "-g", "-fsanitize=thread")
-    if "tsan" in build.stderr:
-        pytest.skip("this compiler has no ThreadSanitizer")
-    build.check_returncode()
-    run = subprocess.run([program], capture_output=True, text=True, timeout=240, check=False)
-    if "unexpected memory mapping" in run.stderr:
-        pytest.skip("ThreadSanitizer does not run on this kernel")
+    (run,) = under_thread_sanitizer("race_views.cpp", tmp_path, [])
     assert "ThreadSanitizer" not in run.stderr, run.stderr[:2000]
     assert run.stdout.strip() == "done"
 

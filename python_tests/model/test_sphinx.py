@@ -200,6 +200,53 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+def scattered(model: SphinxForConditionalGeneration) -> dict[str, Any]:
+    """Two pictures in one row, a word between two of the second one's tokens, and a row without a picture."""
+    inputs = sample(model, rows=2, text=5)
+    picture, size = model.config.vision_config.tokens_per_picture, inputs["pixel_values"].shape[0]
+    row = [1, 7, *[model.config.image_token_id] * (picture + 3), 9, *[model.config.image_token_id] * (picture - 3), 5]
+    ids = torch.tensor([row, [1, *range(3, len(row) + 2)]])
+    assert size == 2 * model.config.vision_config.num_views
+    return {"input_ids": ids, "pixel_values": inputs["pixel_values"]}
+
+
+@pytest.mark.parametrize(
+    "make", [sample, lambda model: sample(model, rows=1), scattered], ids=["rows", "one", "broken"]
+)
+def test_tokens_written_in_place_are_those_that_are_spliced(
+    model: SphinxForConditionalGeneration, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, fusion = make(model), model.model.fusion
+    written: list[bool] = []
+    forward = type(fusion).forward
+
+    def spy(self: Any, features: Any, out: Any = None, first: Any = None) -> Any:
+        written.append(out is not None)
+        return forward(self, features, out, first)
+
+    monkeypatch.setattr(type(fusion), "forward", spy)
+    expected = model(**inputs)  # gradients are wanted: tokens are made, then spliced
+    with torch.no_grad():
+        outputs = model(**inputs)
+    assert written == [False, make is not scattered]
+    assert torch.equal(outputs.logits, expected.logits)
+    assert torch.equal(outputs.image_hidden_states, expected.image_hidden_states)
+    if make is not scattered:
+        with torch.no_grad():
+            embeddings, tokens = model.model.embed(inputs["input_ids"], inputs["pixel_values"])
+        shared = tokens.untyped_storage().data_ptr() == embeddings.untyped_storage().data_ptr()
+        assert shared == (inputs["input_ids"].shape[0] == 1), "one run of tokens is not copied"
+
+
+@torch.no_grad()
+def test_too_few_placeholders_are_refused_before_anything_is_written(model: SphinxForConditionalGeneration) -> None:
+    inputs = sample(model, rows=1)
+    inputs["input_ids"][0, 1] = 5
+    count = model.config.vision_config.tokens_per_picture
+    with pytest.raises(ValueError, match=rf"has {count - 1} visual placeholders, but the pictures give {count}"):
+        model(**inputs)
+
+
 @pytest.mark.parametrize(("change", "message"), BAD)
 def test_inputs_that_do_not_fit_are_refused(
     model: SphinxForConditionalGeneration, change: dict[str, Any], message: str

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sphinx_fast.model.config import ConvNextConfig
-from sphinx_fast.vision.convnext import ConvNextModel, convnext_features
+from sphinx_fast.vision.convnext import ConvNextModel, convnext_features, repeat_to_grid
 from sphinx_fast.weights.public import load_convnext
 
 DEPTHS, SIZES = (2, 1, 3, 1), (8, 12, 16, 24)
@@ -95,13 +95,13 @@ def test_agrees_with_the_formula() -> None:
 def test_tokens_are_the_mean_and_the_repeated_map_row_major() -> None:
     model = ours()
     grid_map = model(pixels(64))  # 2 x 2
-    tokens = convnext_features(model, pixels(64), grid_size=4)
+    tokens = repeat_to_grid(convnext_features(model, pixels(64)), 16)
     assert tokens.shape == (2, 17, SIZES[-1])
     for row in range(4):
         for column in range(4):
             assert torch.equal(tokens[:, 1 + 4 * row + column], grid_map[:, :, row // 2, column // 2])
     torch.testing.assert_close(tokens[:, 0], tokens[:, 1:].mean(dim=1))
-    native = convnext_features(model, pixels(64), grid_size=2)
+    native = convnext_features(model, pixels(64))
     assert torch.equal(native[:, 1:], grid_map.flatten(2).transpose(1, 2))
 
 

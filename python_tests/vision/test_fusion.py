@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from close import assert_close
 from tiny import VISION
 
 from sphinx_fast.model.config import SphinxVisionConfig
@@ -19,9 +20,9 @@ def features(config: SphinxVisionConfig, views: int = 5) -> VisionFeatures:
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(views, config.num_patch_tokens, config.patch_channels, generator=generator)
     if config.qformer_config is None:
-        return VisionFeatures(patches, None)
+        return VisionFeatures([patches], None)
     width = config.qformer_config.hidden_size
-    return VisionFeatures(patches, torch.randn(views, config.num_query_tokens, width, generator=generator))
+    return VisionFeatures([patches], torch.randn(views, config.num_query_tokens, width, generator=generator))
 
 
 def fusion(config: SphinxVisionConfig) -> Fusion:
@@ -95,7 +96,7 @@ def test_views_do_not_mix() -> None:
     config = SphinxVisionConfig(**VISION)
     module, seen = fusion(config), features(config)
     assert seen.queries is not None
-    alone = module(VisionFeatures(seen.patches[2:3], seen.queries[2:3]))
+    alone = module(VisionFeatures([seen.patches[2:3]], seen.queries[2:3]))
     torch.testing.assert_close(module(seen)[2:3], alone)
 
 
@@ -104,3 +105,61 @@ def test_every_parameter_of_the_fusion_is_reached_by_the_gradient() -> None:
     module = fusion(config)
     module(features(config)).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in module.parameters())
+
+
+def seen_by_four(config: SphinxVisionConfig, views: int = 3) -> VisionFeatures:
+    """Features as the tower leaves them: one per encoder, ConvNeXt's map not repeated."""
+    generator = torch.Generator().manual_seed(2)
+    encoders = (config.clip_config, config.convnext_config, config.dinov2_config)
+    sides = (config.grid_size, config.convnext_size // 32, config.grid_size)
+    parts = [
+        torch.randn(views, 1 + side**2, encoder.hidden_size, generator=generator)
+        for encoder, side in zip(encoders, sides, strict=True)
+    ]
+    assert config.qformer_config is not None
+    queries = torch.randn(views, config.num_query_tokens, config.qformer_config.hidden_size, generator=generator)
+    return VisionFeatures(parts, queries)
+
+
+def gradients(module: Fusion, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    found = torch.autograd.grad(tokens.square().sum(), list(module.parameters()))
+    return dict(zip((name for name, _ in module.named_parameters()), found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_op_computes_what_the_layers_do(dtype: torch.dtype) -> None:
+    config = SphinxVisionConfig(**VISION)
+    module, seen = fusion(config), seen_by_four(config)
+    exact_module, exact_seen = fusion(config).double(), VisionFeatures([p.double() for p in seen.parts], None)
+    module.to(dtype)
+    assert seen.queries is not None and module.fuses() and not exact_module.fuses()
+    with torch.no_grad():
+        for exact_one, one in zip(exact_module.parameters(), module.parameters(), strict=True):
+            exact_one.copy_(one)
+    given = VisionFeatures([part.to(dtype) for part in seen.parts], seen.queries.to(dtype))
+    exact_seen = VisionFeatures([part.double() for part in given.parts], given.queries.double())
+    ours, plain, exact = module(given), module.layer_by_layer(given), exact_module(exact_seen)
+    assert_close(ours.detach(), plain.detach(), exact.detach(), "tokens")
+    found, theirs, truth = gradients(module, ours), gradients(module, plain), gradients(exact_module, exact)
+    for name, gradient in found.items():
+        assert_close(gradient, theirs[name], truth[name], name)
+
+
+@pytest.mark.parametrize("change", ["hook", "subclass", "autocast", "float64"])
+def test_layers_that_are_not_plain_run_one_by_one(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SphinxVisionConfig(**VISION)
+    module, seen = fusion(config), seen_by_four(config)
+    called: list[bool] = []
+    monkeypatch.setattr(Fusion, "layer_by_layer", lambda self, features: called.append(True))
+    module(seen)
+    assert not called
+    linear = module.patch_projection.linear
+    if change == "hook":
+        linear.register_forward_hook(lambda *_: None)
+    elif change == "subclass":
+        linear.__class__ = type("Adapted", (torch.nn.Linear,), {})
+    elif change == "float64":
+        module.double()
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+        module(seen)
+    assert called

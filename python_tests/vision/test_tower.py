@@ -6,42 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VISION, tiny_config
+from tiny import light_vision, tiny_config, tiny_tower, tiny_views
 from torch import Tensor
 from torch.nn import functional as F
 
-from sphinx_fast.model.config import SphinxVisionConfig
 from sphinx_fast.vision import VisionTower
 from sphinx_fast.vision.clip import clip_features
-from sphinx_fast.vision.convnext import convnext_features
+from sphinx_fast.vision.convnext import convnext_features, repeat_to_grid
 from sphinx_fast.vision.dinov2 import dinov2_features, renormalize
 from sphinx_fast.vision.tower import join_crops, split_crops
-
-
-def randomized(config: SphinxVisionConfig) -> VisionTower:
-    tower = VisionTower(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in tower.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return tower
-
-
-def light(views: int) -> SphinxVisionConfig:
-    """The light variants in small: views of 128, ConvNeXt at the view's size, DINOv2 at 7/16 of it as there."""
-    return SphinxVisionConfig(
-        picture_size=128 if views == 1 else 256,
-        view_size=128,
-        grid_size=4,
-        convnext_size=128,
-        dinov2_size=56,
-        convnext_config=VISION["convnext_config"],
-        dinov2_config={**VISION["dinov2_config"], "image_size": 56, "patch_size": 14},
-    )
-
-
-def pixels(count: int, size: int) -> Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 def fed(module: Any, run: Any) -> Tensor:
@@ -75,15 +48,15 @@ def test_split_and_join_are_inverse(ratio: int) -> None:
 
 @torch.no_grad()
 def test_channels_are_clip_convnext_dinov2() -> None:
-    tower = randomized(tiny_config().vision_config)
-    views = pixels(5, 32)
+    tower = tiny_tower(tiny_config().vision_config)
+    views = tiny_views(5, 32)
     features = tower(views)
     assert tower.clip is not None and tower.convnext is not None and tower.dinov2 is not None
     assert tower.qformer is not None and features.queries is not None
     nearest = F.interpolate(views.half(), size=(64, 64)).float()
     parts = [
         clip_features(tower.clip, views),
-        convnext_features(tower.convnext, nearest, 4),
+        repeat_to_grid(convnext_features(tower.convnext, nearest), 16),
         dinov2_features(tower.dinov2, renormalize(views)),
     ]
     assert [part.shape[-1] for part in parts] == [16, 20, 24]
@@ -91,13 +64,15 @@ def test_channels_are_clip_convnext_dinov2() -> None:
     torch.testing.assert_close(features.queries, tower.qformer(views))
 
 
-@pytest.mark.parametrize("make", [lambda: tiny_config().vision_config, lambda: light(1), lambda: light(5)])
+@pytest.mark.parametrize(
+    "make", [lambda: tiny_config().vision_config, lambda: light_vision(1), lambda: light_vision(5)]
+)
 @torch.no_grad()
 def test_output_does_not_depend_on_the_batch(make: Any) -> None:
     config = make()
-    tower = randomized(config)
+    tower = tiny_tower(config)
     per_picture = config.num_views
-    views = pixels(3 * per_picture, config.view_size)
+    views = tiny_views(3 * per_picture, config.view_size)
     together = tower(views)
     assert together.patches.shape == (3 * per_picture, 17, config.patch_channels)
     assert (together.queries is None) == (config.qformer_config is None)
@@ -110,8 +85,8 @@ def test_output_does_not_depend_on_the_batch(make: Any) -> None:
 
 
 def test_views_keep_their_order() -> None:
-    tower = randomized(tiny_config().vision_config)
-    views = pixels(5, 32)
+    tower = tiny_tower(tiny_config().vision_config)
+    views = tiny_views(5, 32)
     with torch.no_grad():
         straight, reversed_ = tower(views), tower(views.flip(0))
     torch.testing.assert_close(straight.patches, reversed_.patches.flip(0), rtol=1e-4, atol=1e-5)
@@ -125,8 +100,8 @@ def test_another_shape_is_one_clear_error(shape: tuple[int, ...]) -> None:
 
 
 def test_light_with_one_view_rounds_through_half() -> None:
-    tower = randomized(light(1))
-    view = pixels(2, 128)
+    tower = tiny_tower(light_vision(1))
+    view = tiny_views(2, 128)
     convnext = fed(tower.convnext, lambda: tower(view))
     assert torch.equal(convnext, view.half().float()) and not torch.equal(convnext, view)
     dinov2 = fed(tower.dinov2, lambda: tower(view))
@@ -136,10 +111,10 @@ def test_light_with_one_view_rounds_through_half() -> None:
 
 def test_light_with_five_views_resizes_the_whole_picture_for_dinov2() -> None:
     """The filter crosses crop borders, so DINOv2's views come from the stitched picture; ConvNeXt's are native."""
-    tower = randomized(light(5))
-    square = pixels(2, 256)
+    tower = tiny_tower(light_vision(5))
+    square = tiny_views(2, 256)
     crops = split_crops(square, 2).unflatten(0, (2, 4))
-    views = torch.cat([pixels(2, 128).unsqueeze(1), crops], dim=1).flatten(0, 1)
+    views = torch.cat([tiny_views(2, 128).unsqueeze(1), crops], dim=1).flatten(0, 1)
     assert torch.equal(fed(tower.convnext, lambda: tower(views)), views)
 
     dinov2 = fed(tower.dinov2, lambda: tower(views)).unflatten(0, (2, 5))
@@ -154,13 +129,13 @@ def test_light_with_five_views_resizes_the_whole_picture_for_dinov2() -> None:
 
 def test_light_with_a_view_missing_is_one_clear_error() -> None:
     with pytest.raises(ValueError, match="7 views are not 5 for every picture"):
-        VisionTower(light(5))(pixels(7, 128))
+        VisionTower(light_vision(5))(tiny_views(7, 128))
 
 
 @torch.no_grad()
 def test_bfloat16_stays_bfloat16() -> None:
-    tower = randomized(tiny_config().vision_config).bfloat16()
-    features = tower(pixels(5, 32))
+    tower = tiny_tower(tiny_config().vision_config).bfloat16()
+    features = tower(tiny_views(5, 32))
     assert features.patches.dtype == torch.bfloat16 and features.queries is not None
     assert features.queries.dtype == torch.bfloat16
     assert torch.isfinite(features.patches).all()

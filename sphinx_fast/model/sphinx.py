@@ -11,7 +11,7 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from sphinx_fast.model.config import SphinxConfig
-from sphinx_fast.vision import Fusion, VisionTower
+from sphinx_fast.vision import Fusion, VisionFeatures, VisionTower
 
 
 @dataclass
@@ -110,18 +110,47 @@ class SphinxModel(SphinxPreTrainedModel):
         Raises:
             ValueError: the number of placeholders is not the number of visual tokens.
         """
+        embeddings, placeholders = self._text_embeddings(input_ids)
+        return embeddings if visual_tokens is None else _scatter(embeddings, placeholders, visual_tokens)
+
+    def _text_embeddings(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, T, D], anything at the placeholders, and where these are [B, T]."""
         placeholders = input_ids == self.config.image_token_id
         # The placeholder's id need not be in the vocabulary: look up id 0 there and overwrite it.
-        embeddings = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
-        if visual_tokens is None:
-            return embeddings
-        visual_tokens = visual_tokens.reshape(-1, visual_tokens.shape[-1])
-        if not torch.compiler.is_compiling() and int(placeholders.sum()) != visual_tokens.shape[0]:
-            raise ValueError(
-                f"input_ids has {int(placeholders.sum())} visual placeholders, but the pictures give "
-                f"{visual_tokens.shape[0]} visual tokens"
-            )
-        return embeddings.masked_scatter(placeholders.unsqueeze(-1), visual_tokens.to(embeddings))
+        return self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0)), placeholders
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, T, D] with the pictures' visual tokens in place, and those tokens [B*V, tokens_per_view, D].
+
+        Without gradients the fusion writes them where they belong, and the second result is a view of the first when
+        nothing lies between them.
+        """
+        features = self.vision_tower(pixel_values)
+        embeddings, placeholders = self._text_embeddings(input_ids)
+        rows = self._rows_of_views(embeddings, placeholders, features)
+        if rows is None:
+            visual_tokens = self.fusion(features)
+            return _scatter(embeddings, placeholders, visual_tokens), visual_tokens
+        flat = embeddings.flatten(0, 1)
+        self.fusion(features, out=flat, first=rows[:, 0].contiguous())
+        first, last = int(rows[0, 0]), int(rows[-1, -1])
+        if last - first + 1 == rows.numel():
+            return embeddings, flat[first : last + 1].view(*rows.shape, -1)
+        return embeddings, flat[rows]
+
+    def _rows_of_views(self, embeddings: Tensor, placeholders: Tensor, features: VisionFeatures) -> Tensor | None:
+        """Rows [B*V, tokens_per_view] of the flattened embeddings that the fusion may write to; None where it may not:
+        a gradient is wanted, torch.compile traces, or a view's placeholders are not one run."""
+        seen = features.parts[0]
+        like = embeddings.is_contiguous() and embeddings.dtype == seen.dtype and embeddings.device == seen.device
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not (like and self.fusion.fuses()):
+            return None
+        shape = seen.shape[0], self.config.vision_config.tokens_per_view
+        rows = placeholders.flatten().nonzero()
+        _check_placeholders(rows.shape[0], shape[0] * shape[1])
+        rows = rows.view(shape)
+        runs = rows[:, -1] - rows[:, 0] == shape[1] - 1
+        return rows if shape[0] and bool(runs.all()) else None
 
     def forward(
         self,
@@ -147,8 +176,9 @@ class SphinxModel(SphinxPreTrainedModel):
             if inputs_embeds is not None:
                 raise ValueError("pixel_values need input_ids: the placeholders say where the visual tokens go")
             self._views_per_picture(pixel_values, num_image_patches)
-            visual_tokens = self.visual_tokens(pixel_values)
-        if input_ids is not None:
+            assert input_ids is not None
+            inputs_embeds, visual_tokens = self.embed(input_ids, pixel_values)
+        elif input_ids is not None:
             inputs_embeds = self.splice(input_ids, visual_tokens)
         kwargs["return_dict"] = True
         outputs = self.language_model(
@@ -164,6 +194,20 @@ class SphinxModel(SphinxPreTrainedModel):
             hidden_states=getattr(outputs, "hidden_states", None),
             attentions=getattr(outputs, "attentions", None),
             image_hidden_states=visual_tokens,
+        )
+
+
+def _scatter(embeddings: Tensor, placeholders: Tensor, visual_tokens: Tensor) -> Tensor:
+    visual_tokens = visual_tokens.reshape(-1, visual_tokens.shape[-1])
+    if not torch.compiler.is_compiling():
+        _check_placeholders(int(placeholders.sum()), visual_tokens.shape[0])
+    return embeddings.masked_scatter(placeholders.unsqueeze(-1), visual_tokens.to(embeddings))
+
+
+def _check_placeholders(placeholders: int, visual_tokens: int) -> None:
+    if placeholders != visual_tokens:
+        raise ValueError(
+            f"input_ids has {placeholders} visual placeholders, but the pictures give {visual_tokens} visual tokens"
         )
 
 

@@ -1,6 +1,19 @@
 """One wrapper per room of csrc: a torch op, checked arguments, documented formula and shapes."""
 
-from sphinx_fast.ops._extension import build_info, extension
+from sphinx_fast.ops._extension import FLOAT_DTYPES, build_info, covers, extension
+from sphinx_fast.ops.fusion import Projection, fusion, layer_norm
 from sphinx_fast.ops.views import EncoderViews, canvas, encoder_views, views
 
-__all__ = ["EncoderViews", "build_info", "canvas", "encoder_views", "extension", "views"]
+__all__ = [
+    "FLOAT_DTYPES",
+    "EncoderViews",
+    "Projection",
+    "build_info",
+    "canvas",
+    "covers",
+    "encoder_views",
+    "extension",
+    "fusion",
+    "layer_norm",
+    "views",
+]

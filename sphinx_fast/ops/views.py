@@ -10,10 +10,8 @@ from torch import Tensor
 
 from sphinx_fast.image.geometry import Geometry, padded_resize
 from sphinx_fast.image.views import num_views, view_ratio
-from sphinx_fast.ops._extension import extension
+from sphinx_fast.ops._extension import FLOAT_DTYPES, extension
 from sphinx_fast.ops._register import refuse_lazy, register
-
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class EncoderViews(NamedTuple):

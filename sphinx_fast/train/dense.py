@@ -20,7 +20,7 @@ from sphinx_fast.data.scene_targets import CLASSES
 from sphinx_fast.train.scene_pool import LABELS, WHOLE_CLASSES, cut_views
 from sphinx_fast.vision import VisionTower
 from sphinx_fast.vision.clip import clip_features
-from sphinx_fast.vision.convnext import convnext_features
+from sphinx_fast.vision.convnext import convnext_features, repeat_to_grid
 from sphinx_fast.vision.dinov2 import dinov2_features
 
 BINS = 101  # one per coordinate token, 0.00 .. 1.00
@@ -134,7 +134,7 @@ def encoder_features(tower: Any, name: str) -> Callable[[Tensor], Tensor]:
     if name == "clip":
         return lambda x: clip_features(tower.clip, x)
     if name == "convnext":
-        return lambda x: convnext_features(tower.convnext, tower._convnext_pixels(x), grid)
+        return lambda x: repeat_to_grid(convnext_features(tower.convnext, tower._convnext_pixels(x)), grid * grid)
     if name == "dinov2":
         return lambda x: dinov2_features(tower.dinov2, tower._dinov2_pixels(x))
     return tower.qformer

@@ -43,7 +43,7 @@ class Features:
         """Features of pictures, views flattened: patches [B*V, 1 + P, C], queries [B*V, Q, Cq]."""
         parts = [torch.from_numpy(np.asarray(part[indices])).float() for part in self.patches]
         queries = torch.from_numpy(np.asarray(self.queries[indices])).float()
-        return VisionFeatures(torch.cat(parts, dim=-1).flatten(0, 1), queries.flatten(0, 1))
+        return VisionFeatures([part.flatten(0, 1) for part in parts], queries.flatten(0, 1))
 
 
 @torch.no_grad()

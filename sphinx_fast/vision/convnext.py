@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isqrt
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -100,14 +102,19 @@ class ConvNextModel(PreTrainedModel):
         return self.head["norm"](self.stages(self.stem(pixel_values)))
 
 
-def convnext_features(model: ConvNextModel, pixel_values: Tensor, grid_size: int) -> Tensor:
-    """[B, 3, s, s] -> tokens [B, 1 + P, C]: the mean of all tokens first, then the map row-major.
-
-    A map smaller than the grid is repeated evenly on both axes (8 x 8 -> 16 x 16 in the released variants).
-    """
-    features = model(pixel_values)
-    repeat = grid_size // features.shape[-1]
-    if repeat > 1:
-        features = features.repeat_interleave(repeat, dim=-2).repeat_interleave(repeat, dim=-1)
-    tokens = features.flatten(2).transpose(1, 2)
+def convnext_features(model: ConvNextModel, pixel_values: Tensor) -> Tensor:
+    """[B, 3, s, s] -> tokens [B, 1 + p, C] of the map's own p positions: their mean first, then the map row-major."""
+    tokens = model(pixel_values).flatten(2).transpose(1, 2)
     return torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+
+
+def repeat_to_grid(tokens: Tensor, positions: int) -> Tensor:
+    """Tokens [B, 1 + p, C] of a square map -> [B, 1 + positions, C], each position repeated evenly on both axes.
+
+    8 x 8 -> 16 x 16 in the released variants with views of 224 px. The first token is the mean either way.
+    """
+    side, grid = isqrt(tokens.shape[1] - 1), isqrt(positions)
+    if side == grid:
+        return tokens
+    rows = tokens[:, 1:].unflatten(1, (side, 1, side, 1)).expand(-1, -1, grid // side, -1, grid // side, -1)
+    return torch.cat([tokens[:, :1], rows.flatten(1, 4)], dim=1)

@@ -2,30 +2,63 @@
 
 `pixel_values` [B*V, 3, s, s] is CLIP-normalised and picture-major, global view first, crops row-major. What each
 encoder is fed follows the released code to the rounding (through fp16 where it went through fp16).
+
+Weights that do not train run as plain arithmetic (`frozen`) and write into buffers that all encoders share. Weights
+that train run as the modules of transformers, and so does what `frozen` does not know.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionModel, Dinov2Model, PreTrainedModel
 
-from sphinx_fast.model.config import SphinxVisionConfig
+from sphinx_fast.model.config import CONVNEXT_STRIDE, SphinxVisionConfig
+from sphinx_fast.ops import EncoderViews
 from sphinx_fast.vision.clip import clip_features
-from sphinx_fast.vision.convnext import ConvNextModel, convnext_features
+from sphinx_fast.vision.convnext import ConvNextModel, convnext_features, repeat_to_grid
 from sphinx_fast.vision.dinov2 import dinov2_features, renormalize
+from sphinx_fast.vision.frozen import clip_into, convnext_into, dinov2_into, qformer_into
+from sphinx_fast.vision.graphs import MAX_PICTURES, TowerGraphs
+from sphinx_fast.vision.prepare import NotPlainError
 from sphinx_fast.vision.qformer import QFormerEncoder
+
+Branch = Callable[[], None]
 
 
 @dataclass
 class VisionFeatures:
-    """What the tower saw: `patches` [B*V, 1 + P, C] (CLIP | ConvNeXt | DINOv2) and `queries` [B*V, Q, Cq] or None."""
+    """What the tower saw in N = B*V views.
 
-    patches: Tensor
+    Attributes:
+        parts: one tensor per patch encoder, channels in the order CLIP | ConvNeXt | DINOv2, each [N, 1 + p, C_i]: the
+            class token, then the encoder's own map row-major. p is P, or fewer where a map is smaller than the grid
+            (ConvNeXt's 8 x 8 of the variants with views of 224 px). Strides may be any, but for the channels'.
+        queries: [N, Q, Cq] of the Q-Former, or None.
+    """
+
+    parts: Sequence[Tensor]
     queries: Tensor | None
+
+    @property
+    def patches(self) -> Tensor:
+        """The reference's layout [N, 1 + P, C], made anew: small maps repeated to the grid, channels concatenated."""
+        positions = max(part.shape[1] for part in self.parts) - 1
+        whole = [repeat_to_grid(part, positions) for part in self.parts]
+        return whole[0] if len(whole) == 1 else torch.cat(whole, dim=-1)
+
+
+class Reads(NamedTuple):
+    """One flag for each of `EncoderViews`."""
+
+    clip: bool
+    dinov2: bool
+    convnext: bool
 
 
 def split_crops(square: Tensor, ratio: int) -> Tensor:
@@ -71,6 +104,7 @@ class VisionTower(PreTrainedModel):
             if config.qformer_config
             else None
         )
+        self._graphs: TowerGraphs | None = None
         self.post_init()
 
     @torch.no_grad()
@@ -79,25 +113,132 @@ class VisionTower(PreTrainedModel):
         if isinstance(module, QFormerEncoder):
             nn.init.normal_(module.query_tokens, std=self.config.initializer_range)
 
-    def forward(self, pixel_values: Tensor) -> VisionFeatures:
-        """[B*V, 3, view_size, view_size] -> features of every view. Raises ValueError on another shape."""
-        config = self.config
+    def forward(self, pixel_values: Tensor | EncoderViews) -> VisionFeatures:
+        """[B*V, 3, view_size, view_size], or what `ops.encoder_views` made for every encoder -> features of every view.
+
+        Raises ValueError on another shape. Given gradients to carry, the modules run, else what `frozen` has of them.
+        """
+        views = self.encoder_inputs(pixel_values)
+        if torch.is_grad_enabled() and (
+            any(view.requires_grad for view in views) or any(weight.requires_grad for weight in self.parameters())
+        ):
+            return self._as_modules(views)
+        if self._graphs is not None and self._may_replay(views):
+            return self._filling_the_grid(self._graphs(self, views))
+        features = self.empty_features(len(views.clip), views.clip.device)
+        for branch in self.branches(views, features):
+            branch()
+        return self._filling_the_grid(features)
+
+    def use_graphs(self, use: bool = True, max_pictures: int = MAX_PICTURES) -> VisionTower:
+        """Run as CUDA graphs (`graphs`) from now on, or no longer; without a GPU, and in training, nothing changes.
+
+        `max_pictures`, a power of two, is the largest batch that is one graph. Returns the tower.
+        """
+        self._graphs = TowerGraphs(max_pictures) if use else None
+        return self
+
+    def _may_replay(self, views: EncoderViews) -> bool:
+        """Whether a recording computes what the encoders would: no dropout, nobody traces or records around us."""
+        return (
+            views.clip.is_cuda
+            and len(views.clip) > 0
+            and not self.training
+            and not any(encoder.training for encoder in self.children())
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cuda")
+            and not torch.cuda.is_current_stream_capturing()
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> VisionTower:
+        if self._graphs is not None:  # a move or a cast: let go of the memory that recordings hold
+            self._graphs.clear()
+        return super()._apply(fn, recurse)
+
+    def encoder_inputs(self, pixel_values: Tensor | EncoderViews) -> EncoderViews:
+        """What each encoder reads, in the tower's dtype; of an encoder that is not there, something unused."""
+        config, dtype = self.config, self.dtype
+        if isinstance(pixel_values, EncoderViews):
+            sizes = (config.view_size, config.dinov2_size, config.convnext_size)
+            names = EncoderViews._fields
+            for name, size, view, read in zip(names, sizes, pixel_values, self.reads(), strict=True):
+                if read and tuple(view.shape) != (len(pixel_values.clip), 3, size, size):
+                    raise ValueError(f"{name}: expected [views, 3, {size}, {size}], got {list(view.shape)}")
+            return EncoderViews(*(view.to(dtype) for view in pixel_values))
         size = config.view_size
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise ValueError(
                 f"pixel_values: expected [views, 3, {size}, {size}], got {list(pixel_values.shape)}; "
                 "was this picture cut for another variant?"
             )
-        dtype = self.dtype
-        patches: list[Tensor] = []
+        return EncoderViews(
+            clip=pixel_values.to(dtype) if self.reads().clip else pixel_values,
+            dinov2=self._dinov2_pixels(pixel_values) if self.reads().dinov2 else pixel_values,
+            convnext=self._convnext_pixels(pixel_values) if self.reads().convnext else pixel_values,
+        )
+
+    def reads(self) -> Reads:
+        """Which of the encoders' inputs anybody reads."""
+        clip = self.clip is not None or self.qformer is not None
+        return Reads(clip, self.dinov2 is not None, self.convnext is not None)
+
+    def empty_features(self, count: int, device: torch.device) -> VisionFeatures:
+        """Memory for the features of `count` views.
+
+        Encoders whose map fills the grid own neighbouring channels of one buffer [count, 1 + P, C], in channel order; a
+        smaller map has a buffer of its own. So nothing is concatenated, and a projection of a slice is one GEMM.
+        """
+        config = self.config
+        side = config.convnext_size // CONVNEXT_STRIDE
+        maps = [  # of each patch encoder: positions and channels
+            (positions, encoder.config.hidden_size)
+            for encoder, positions in (
+                (self.clip, config.grid_size**2), (self.convnext, side * side), (self.dinov2, config.grid_size**2)
+            )
+            if encoder is not None
+        ]  # fmt: skip
+        like: dict[str, Any] = {"dtype": self.dtype, "device": device}
+        full = [channels for positions, channels in maps if positions == config.grid_size**2]
+        slices = iter(torch.empty(count, config.num_patch_tokens, sum(full), **like).split(full, dim=-1))
+        parts = [
+            next(slices) if positions == config.grid_size**2 else torch.empty(count, 1 + positions, channels, **like)
+            for positions, channels in maps
+        ]
+        if self.qformer is None:
+            return VisionFeatures(parts, None)
+        return VisionFeatures(parts, torch.empty(count, *self.qformer.query_tokens.shape[1:], **like))
+
+    def branches(self, views: EncoderViews, features: VisionFeatures) -> list[Branch]:
+        """The encoders as calls without order among them; each writes its place in `features`."""
+        outputs = iter(features.parts)
+        branches: list[Branch] = []
         if self.clip is not None:
-            patches.append(clip_features(self.clip, pixel_values.to(dtype)))
+            branches.append(_branch(clip_into, clip_features, self.clip, views.clip, next(outputs)))
         if self.convnext is not None:
-            patches.append(convnext_features(self.convnext, self._convnext_pixels(pixel_values), config.grid_size))
+            branches.append(_branch(convnext_into, convnext_features, self.convnext, views.convnext, next(outputs)))
         if self.dinov2 is not None:
-            patches.append(dinov2_features(self.dinov2, self._dinov2_pixels(pixel_values)))
-        queries = self.qformer(pixel_values.to(dtype)) if self.qformer is not None else None
-        return VisionFeatures(torch.cat(patches, dim=-1), queries)
+            branches.append(_branch(dinov2_into, dinov2_features, self.dinov2, views.dinov2, next(outputs)))
+        if self.qformer is not None and features.queries is not None:
+            branches.append(_branch(qformer_into, run_module, self.qformer, views.clip, features.queries))
+        return branches
+
+    def _as_modules(self, views: EncoderViews) -> VisionFeatures:
+        """The modules in a row, each output a tensor of its own: gradients flow."""
+        parts = []
+        if self.clip is not None:
+            parts.append(clip_features(self.clip, views.clip))
+        if self.convnext is not None:
+            parts.append(convnext_features(self.convnext, views.convnext))
+        if self.dinov2 is not None:
+            parts.append(dinov2_features(self.dinov2, views.dinov2))
+        queries = self.qformer(views.clip) if self.qformer is not None else None
+        return self._filling_the_grid(VisionFeatures(parts, queries))
+
+    def _filling_the_grid(self, features: VisionFeatures) -> VisionFeatures:
+        """A small map needs another encoder's beside it to show how large the grid is: without one it is repeated."""
+        if all(part.shape[1] < self.config.num_patch_tokens for part in features.parts):
+            features.parts = [repeat_to_grid(part, self.config.grid_size**2) for part in features.parts]
+        return features
 
     def _convnext_pixels(self, pixel_values: Tensor) -> Tensor:
         """224 px views: nearest to 256 of the fp16 tensor. Light variants: the view; a sole one through fp16."""
@@ -123,3 +264,19 @@ class VisionTower(PreTrainedModel):
         crops = split_crops(bicubic_through_half(square, size * ratio), ratio).unflatten(0, (-1, views - 1))
         global_view = bicubic_through_half(square, size).unsqueeze(1)
         return renormalize(torch.cat([global_view, crops], dim=1).flatten(0, 1).to(self.dtype))
+
+
+def run_module(module: Any, pixels: Tensor) -> Tensor:
+    return module(pixels)
+
+
+def _branch(frozen: Any, plain: Any, model: Any, pixels: Tensor, out: Tensor) -> Branch:
+    """`frozen` where it knows all that the model holds, else the model itself."""
+
+    def run() -> None:
+        try:
+            frozen(model, pixels, out)
+        except NotPlainError:
+            out.copy_(plain(model, pixels))
+
+    return run

@@ -2,6 +2,7 @@
 // meet at __syncthreads(), blocks follow one another. It tests indices, arithmetic and, under ThreadSanitizer, races.
 #pragma once
 
+#include <cmath>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -61,7 +62,8 @@ inline cudaError_t cudaSetDevice(int) {
   return cudaSuccess;
 }
 
-// Dynamic shared memory, filled with garbage before every block: nothing may be read before it is written.
+// Dynamic shared memory, filled with garbage before every block, nan as floats: nothing may be read before it is
+// written.
 inline unsigned char* shared_on_host = nullptr;
 #define SPHINX_DYNAMIC_SHARED(name) unsigned char* name = shared_on_host
 
@@ -81,7 +83,7 @@ bool launch_on_host(Dim3 grid, unsigned threads, size_t shared, Kernel kernel, c
       for (unsigned x = 0; x < grid.x; ++x) {
         blockIdx = {x, y, 0};
         __syncthreads();
-        if (thread == 0) std::memset(shared_on_host, 0xa5, shared);
+        if (thread == 0) std::memset(shared_on_host, 0xff, shared);
         __syncthreads();
         kernel(arguments);
       }
