@@ -153,6 +153,36 @@ def test_transforms_equal_the_reference(transform: str) -> None:
     assert SphinxImageProcessor.from_dict(SphinxImageProcessor(transform=transform).to_dict()).transform == transform
 
 
+@pytest.mark.parametrize("size", [(40, 400), (400, 40), (100, 310), (100, 290), (60, 60), (1, 999), (7, 20)])
+def test_crops_of_padding_alone_can_be_left_out(size: tuple[int, int]) -> None:
+    """What is left out is one colour, what is kept is unchanged, and nothing of the picture is lost."""
+    picture = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    whole = SphinxImageProcessor(picture_size=672)(picture, return_tensors="pt")
+    short = SphinxImageProcessor(picture_size=672, skip_padding=True)
+    kept = short(picture, return_tensors="pt")
+    shown = short.views_shown(short.geometries([picture])[0])
+    long_side, short_side = max(size), min(size)
+    assert (len(shown) == 4) == (long_side > 3.2 * short_side) and shown[0] == 0
+    assert torch.equal(kept["pixel_values"], whole["pixel_values"][shown])
+    assert kept["num_image_patches"].tolist() == [len(shown)] and whole["num_image_patches"].tolist() == [10]
+    assert short.get_number_of_image_patches(*size) == len(shown)
+    for view in set(range(10)) - set(shown):
+        crop = whole["pixel_values"][view]
+        assert torch.equal(crop, crop[:, :1, :1].expand_as(crop))
+
+
+def test_pictures_with_fewer_views_have_fewer_placeholders(processor: SphinxProcessor) -> None:
+    wide, square = np.zeros((20, 200, 3), dtype=np.uint8), np.zeros((50, 50, 3), dtype=np.uint8)
+    images = SphinxImageProcessor(picture_size=672, skip_padding=True)
+    short = SphinxProcessor(images, processor.tokenizer, image_token_id=processor.image_token_id)
+    inputs = short(images=[[wide, square], [square]], text=["<image> and <image>", "Hi"], padding=True)
+    assert inputs["num_image_patches"].tolist() == [4, 10, 10] and inputs["pixel_values"].shape[0] == 24
+    assert [row.count(400) for row in inputs["input_ids"]] == [14 * 291, 10 * 291]
+    assert short.replace_image_token(inputs, 0) == "<image>" * (4 * 291)
+    told = short._get_num_multimodal_tokens(image_sizes=[(20, 200), (50, 50)])
+    assert told["num_image_patches"] == [4, 10] and told["num_image_tokens"] == [4 * 291, 10 * 291]
+
+
 def test_an_unknown_transform_is_refused() -> None:
     with pytest.raises(ValueError, match="transform: expected one of padded_resize"):
         SphinxImageProcessor(transform="squash")

@@ -35,6 +35,18 @@ class Geometry(NamedTuple):
         """Whether the installed Pillow resizes columns before rows, which shows in the last bit."""
         return vertical_first(self.plane, self.resized)
 
+    def shows_only_padding(self, top: int, left: int, size: int) -> bool:
+        """Whether no pixel of the picture reaches the square [top, left] of `size` of the canvas, through the bicubic
+        filter's support too."""
+        for axis, begin in enumerate((top, left)):
+            scale = self.plane[axis] / self.resized[axis]
+            reach = 2 * max(scale, 1.0)
+            low = (self.origin[axis] + begin + 0.5) * scale - reach
+            high = (self.origin[axis] + begin + size - 0.5) * scale + reach
+            if high <= self.offset[axis] or low >= self.offset[axis] + self.extent[axis]:
+                return True
+        return False
+
     def numbers(self) -> list[int]:
         """The thirteen integers that the compiled room reads."""
         return [number for pair in self for number in pair] + [int(self.vertical_first)]

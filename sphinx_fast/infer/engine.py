@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
+from sphinx_fast.infer.picture_cache import DEFAULT_BYTES, ModelIdentity, PictureCache, PictureEntry, PictureKey
 from sphinx_fast.infer.sampling import Sampling
 from sphinx_fast.model.conversation import cut_at_stop, held_back
 from sphinx_fast.model.processor import SphinxProcessor
@@ -18,11 +20,22 @@ _REPLACEMENT = "\ufffd"
 
 
 class Engine:
-    """A model and its processor, ready to answer."""
+    """A model and its processor, ready to answer.
 
-    def __init__(self, model: SphinxForConditionalGeneration, processor: SphinxProcessor) -> None:
+    Args:
+        picture_cache: bytes of visual tokens to keep (0: none), or a cache to share.
+    """
+
+    def __init__(
+        self,
+        model: SphinxForConditionalGeneration,
+        processor: SphinxProcessor,
+        picture_cache: PictureCache | int = DEFAULT_BYTES,
+    ) -> None:
         self.model = model.eval()
         self.processor = processor
+        self.picture_cache = PictureCache.of(picture_cache)
+        self._identity = ModelIdentity()
         eos = model.generation_config.eos_token_id
         self.eos_ids = {eos} if isinstance(eos, int) else set(eos or ())
 
@@ -36,17 +49,40 @@ class Engine:
         """Positions the language model was made for, visual ones included."""
         return self.model.config.text_config.max_position_embeddings
 
+    @property
+    def _encoders(self) -> tuple[nn.Module, nn.Module]:
+        """All that visual tokens depend on."""
+        return self.model.model.vision_tower, self.model.model.fusion
+
     @torch.inference_mode()
     def encode(self, image: Any) -> Tensor | None:
-        """A picture -> its visual tokens [V, tokens_per_view, D]; None stays None."""
+        """A picture -> its visual tokens [V, tokens_per_view, D], shared and not to be written to; None stays None."""
         if image is None:
             return None
-        pixel_values = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
-        return self.model.model.visual_tokens(pixel_values.to(self.device))
+        image_processor = self.processor.image_processor
+        picture = image_processor.load(image)
+        key = self.picture_key(picture)
+        if key is not None and (found := self.picture_cache.get(key)) is not None:
+            return found.visual_tokens
+        visual_tokens = self.model.model.visual_tokens(image_processor.cut([picture])[0].to(self.device))
+        if key is not None:
+            self._identity.after(key.model, *self._encoders)
+            entry = PictureEntry(visual_tokens)
+            self.picture_cache.put(key, entry)
+            visual_tokens = entry.visual_tokens
+        return visual_tokens
+
+    def picture_key(self, picture: np.ndarray | Tensor) -> PictureKey | None:
+        """Where a loaded picture's tokens are kept; None: the cache is off, views are random, or the model trains."""
+        mode = self.processor.image_processor.mode
+        if mode is None or not self.picture_cache.max_bytes:
+            return None
+        model = self._identity.current(*self._encoders)
+        return None if model is None else PictureKey.of(picture, mode, model)
 
     def prompt_ids(self, prompt: str, visual_tokens: Tensor | None) -> Tensor:
         """A prompt -> ids [1, T], placeholders after BOS. Raises ValueError when no room is left for an answer."""
-        ids = self.processor.prompt_ids(prompt, pictures=0 if visual_tokens is None else 1)
+        ids = self.processor.prompt_ids(prompt, views=[] if visual_tokens is None else [visual_tokens.shape[0]])
         if len(ids) >= self.context:
             raise ValueError(
                 f"the prompt takes {len(ids)} positions and leaves no room for an answer: "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ TRANSFORMS: dict[str, Callable[[int, int, int], Geometry]] = {
     "resized_center_crop": resized_center_crop,
     "random_resized_crop": random_resized_crop,
 }
+FIXED_TRANSFORMS = frozenset({"padded_resize", "resized_center_crop"})  # no draw: a picture's views are always the same
 
 
 class SphinxImageProcessor(BaseImageProcessor):
@@ -50,6 +51,8 @@ class SphinxImageProcessor(BaseImageProcessor):
         max_pixels: pictures with more are refused before they are decoded.
         transform: padded_resize (what the models are asked with), or, to train, resized_center_crop or
             random_resized_crop.
+        skip_padding: leave out crops that show nothing of the picture: with 3 x 3 crops (SPHINX-2k) six of nine where
+            it is more than three times as wide as high, or as high as wide. The released models never saw that.
     """
 
     model_input_names = ["pixel_values", "num_image_patches"]  # noqa: RUF012
@@ -60,6 +63,7 @@ class SphinxImageProcessor(BaseImageProcessor):
         view_size: int = 224,
         max_pixels: int = 16_000_000,
         transform: str = "padded_resize",
+        skip_padding: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -68,6 +72,7 @@ class SphinxImageProcessor(BaseImageProcessor):
         if transform not in TRANSFORMS:
             raise ValueError(f"transform: expected one of {', '.join(TRANSFORMS)}, got {transform!r}")
         self.transform = transform
+        self.skip_padding = skip_padding
         self.picture_size = picture_size
         self.view_size = view_size
         self.max_pixels = max_pixels
@@ -78,12 +83,36 @@ class SphinxImageProcessor(BaseImageProcessor):
         ratio = self.picture_size // self.view_size
         return 1 if ratio == 1 else 1 + ratio * ratio
 
+    @property
+    def mode(self) -> Hashable | None:
+        """What decides a picture's views besides its pixels; None when they are drawn at random."""
+        if self.transform not in FIXED_TRANSFORMS:
+            return None
+        return (type(self), self.picture_size, self.view_size, self.transform, self.skip_padding)
+
     def geometries(self, pictures: Sequence[np.ndarray | torch.Tensor]) -> list[Geometry]:
         """How each picture becomes the canvas."""
         return [TRANSFORMS[self.transform](p.shape[0], p.shape[1], self.picture_size) for p in pictures]
 
-    def cut(self, pictures: Sequence[np.ndarray | torch.Tensor]) -> torch.Tensor:
-        """uint8 [h, w, 3] pictures -> fp32 views [B*V, 3, view_size, view_size]."""
+    def views_shown(self, geometry: Geometry) -> list[int]:
+        """The views of a picture that are kept, by number: all of them, or without those that show only padding."""
+        ratio, size = self.picture_size // self.view_size, self.view_size
+        if not self.skip_padding or ratio == 1:
+            return list(range(self.num_views))
+        crops = [(row * size, column * size) for row in range(ratio) for column in range(ratio)]
+        return [0, *(1 + i for i, crop in enumerate(crops) if not geometry.shows_only_padding(*crop, size))]
+
+    def cut(self, pictures: Sequence[np.ndarray | torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
+        """uint8 [h, w, 3] pictures -> fp32 views [sum of V, 3, view_size, view_size], and how many are whose."""
+        geometries = self.geometries(pictures)
+        pixels, shown = self.all_views(pictures, geometries), [self.views_shown(geometry) for geometry in geometries]
+        if any(len(views) < self.num_views for views in shown):
+            kept = [picture * self.num_views + view for picture, views in enumerate(shown) for view in views]
+            pixels = pixels[torch.tensor(kept, device=pixels.device)]
+        return pixels, [len(views) for views in shown]
+
+    def all_views(self, pictures: Sequence[np.ndarray | torch.Tensor], geometries: list[Geometry]) -> torch.Tensor:
+        """[B*V, 3, view_size, view_size]: picture-major, global view first, crops row-major."""
         from sphinx_fast.ops import views
 
         tensors = [
@@ -94,7 +123,7 @@ class SphinxImageProcessor(BaseImageProcessor):
             tensors,
             picture_size=self.picture_size,
             view_size=self.view_size,
-            geometries=self.geometries(pictures),
+            geometries=geometries,
         )
 
     def load(self, image: Any) -> np.ndarray | torch.Tensor:
@@ -117,10 +146,8 @@ class SphinxImageProcessor(BaseImageProcessor):
         pictures = [self.load(image) for image in flatten_pictures(images)]
         if not pictures:
             raise ValueError("images: expected at least one picture, got none")
-        data: dict[str, Any] = {
-            "pixel_values": self.cut(pictures),
-            "num_image_patches": torch.full((len(pictures),), self.num_views, dtype=torch.long),
-        }
+        pixel_values, counts = self.cut(pictures)
+        data: dict[str, Any] = {"pixel_values": pixel_values, "num_image_patches": torch.tensor(counts)}
         if return_tensors not in (None, "pt"):
             data = {name: value.numpy() for name, value in data.items()}
         return BatchFeature(data=data, tensor_type=return_tensors)
@@ -129,16 +156,16 @@ class SphinxImageProcessor(BaseImageProcessor):
         return self.preprocess(images, *args, **kwargs)
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """Views of a picture of any size (serving engines ask)."""
-        return self.num_views
+        """Views of a picture of that size (serving engines ask)."""
+        return len(self.views_shown(TRANSFORMS[self.transform](height, width, self.picture_size)))
 
 
 class SphinxImageProcessorReference(SphinxImageProcessor):
     """The same tensors from plain PIL and torch: what the released code runs, and the oracle of the fast one."""
 
-    def cut(self, pictures: Sequence[np.ndarray | torch.Tensor]) -> torch.Tensor:
+    def all_views(self, pictures: Sequence[np.ndarray | torch.Tensor], geometries: list[Geometry]) -> torch.Tensor:
         from sphinx_fast.image.views import reference_views
 
         sizes = (self.picture_size, self.view_size)
         arrays = [p.cpu().numpy() if isinstance(p, torch.Tensor) else p for p in pictures]
-        return torch.cat([reference_views(p, *sizes, g) for p, g in zip(arrays, self.geometries(arrays), strict=True)])
+        return torch.cat([reference_views(p, *sizes, g) for p, g in zip(arrays, geometries, strict=True)])

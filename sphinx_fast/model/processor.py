@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,14 +74,17 @@ class SphinxProcessor(ProcessorMixin):
             raise ValueError("give images, text or both")
         data: dict[str, Any] = {}
         pictures = flatten_pictures(images)
+        views: list[int] = []
         if pictures:
             data.update(self.image_processor(pictures, return_tensors="pt"))
+            views = data["num_image_patches"].tolist()
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
             counts = self._pictures_per_text(images, texts, len(pictures))
+            ends = list(itertools.accumulate(counts))
             rows = [
-                self.prompt_ids(row, count, add_special_tokens=add_special_tokens)
-                for row, count in zip(texts, counts, strict=True)
+                self.prompt_ids(row, views[end - count : end], add_special_tokens=add_special_tokens)
+                for row, count, end in zip(texts, counts, ends, strict=True)
             ]
             if kwargs.get("truncation") and kwargs.get("max_length"):
                 rows = [self._truncate(row, kwargs["max_length"]) for row in rows]
@@ -125,19 +129,21 @@ class SphinxProcessor(ProcessorMixin):
             f"pictures per text, or name each with {IMAGE_TOKEN}"
         )
 
-    def prompt_ids(self, text: str, pictures: int = 0, *, add_special_tokens: bool = True) -> list[int]:
-        """BOS, then the text with every picture's placeholders in place (in front where the text names none)."""
-        segments = text.split(IMAGE_TOKEN)
+    def prompt_ids(self, text: str, views: Sequence[int] = (), *, add_special_tokens: bool = True) -> list[int]:
+        """BOS, then the text with every picture's placeholders in place (in front where the text names none).
+
+        `views` counts the views of each picture.
+        """
+        segments, count = text.split(IMAGE_TOKEN), len(views)
         if len(segments) == 1:
-            segments = [""] * pictures + segments
-        elif len(segments) - 1 != pictures:
-            raise ValueError(f"the text names {len(segments) - 1} pictures with {IMAGE_TOKEN} and was given {pictures}")
-        picture = [self.image_token_id] * (self.image_processor.num_views * self.tokens_per_view)
+            segments = [""] * count + segments
+        elif len(segments) - 1 != count:
+            raise ValueError(f"the text names {len(segments) - 1} pictures with {IMAGE_TOKEN} and was given {count}")
         bos = self.tokenizer.bos_token_id
         ids = [bos] if add_special_tokens and bos is not None else []
         for index, segment in enumerate(segments):
             if index:
-                ids += picture
+                ids += [self.image_token_id] * (views[index - 1] * self.tokens_per_view)
             if segment:
                 ids += self.tokenizer(segment, add_special_tokens=False)["input_ids"]
         return ids
@@ -149,18 +155,19 @@ class SphinxProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs: Any) -> str:
         """The text of one picture's placeholders (serving engines ask)."""
-        return IMAGE_TOKEN * (self.image_processor.num_views * self.tokens_per_view)
+        counts = (image_inputs or {}).get("num_image_patches")
+        views = self.image_processor.num_views if counts is None else int(counts[image_idx])
+        return IMAGE_TOKEN * (views * self.tokens_per_view)
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> Any:
-        """Placeholders and views of pictures of the given (height, width) sizes: the same for all sizes."""
+        """Placeholders and views of pictures of the given (height, width) sizes."""
         from transformers.processing_utils import MultiModalData
 
         if image_sizes is None:
             return MultiModalData()
-        views = self.image_processor.num_views
+        views = [self.image_processor.get_number_of_image_patches(*size) for size in image_sizes]
         return MultiModalData(
-            num_image_tokens=[views * self.tokens_per_view] * len(image_sizes),
-            num_image_patches=[views] * len(image_sizes),
+            num_image_tokens=[count * self.tokens_per_view for count in views], num_image_patches=views
         )
 
     def post_process_image_text_to_text(
