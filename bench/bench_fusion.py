@@ -6,6 +6,8 @@
 Full widths: CLIP 1024, ConvNeXt 3072 on a map of 8 x 8, DINOv2 1536 on 16 x 16, 32 queries of 768, D = 4096. Peers:
     reference    the released way: repeat the map, torch.cat, Linear, LayerNorm, cat with queries and tags
     split        the same split as ours in plain torch: three products, the map's repeated after its product
+    our gemm     (GPU) ours with the products in our own kernel instead of cuBLAS
+    compiled     (GPU) the two above through torch.compile
     products     the products of the real arithmetic alone, in the dtype we compute them in: the roof
 Ours writes straight into the tokens. `share` is the roof's time over ours.
 """
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from common import Call, Line, arguments, measure, save
 from torch import Tensor
 
-from sphinx_fast.ops import Projection, fusion
+from sphinx_fast.ops import Projection, _fusion_products, fusion
 from sphinx_fast.ops._fusion_products import sums_dtype
 
 CHANNELS = (1024, 3072, 1536)
@@ -59,6 +61,14 @@ def inputs(views: int, dtype: torch.dtype, device: str, width: int = WIDTH) -> I
 
 def ours(given: Inputs, out: Tensor | None = None) -> Tensor:
     return fusion(given.features, given.patch, queries=given.queries, query=given.query, tags=given.tags, out=out)
+
+
+def with_our_gemm(given: Inputs, out: Tensor) -> Tensor:
+    _fusion_products.own_gemm = True
+    try:
+        return ours(given, out)
+    finally:
+        _fusion_products.own_gemm = False
 
 
 def repeated(rows: Tensor) -> Tensor:
@@ -119,6 +129,7 @@ def calls_of(views: int, dtype: torch.dtype, device: str, width: int = WIDTH) ->
         "products": products(given),
     }
     if device == "cuda":
+        calls["our gemm"] = lambda: with_our_gemm(given, out)
         for name, peer in (("reference", reference), ("split", split)):
             compiled = torch.compile(peer)
             calls[f"{name} compiled"] = lambda compiled=compiled: compiled(given)

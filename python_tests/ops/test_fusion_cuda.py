@@ -12,7 +12,7 @@ from fusion_cases import CASES, DTYPES, Case, assert_all_close, draw, reference,
 from fusion_sums import EPS, LAYOUTS, Layout, draw_sums
 from torch import Tensor
 
-from sphinx_fast.ops import extension, layer_norm
+from sphinx_fast.ops import _fusion_products, extension, layer_norm
 
 pytestmark = pytest.mark.gpu
 
@@ -20,10 +20,12 @@ REAL = Case(5, 16, (1, 4, 1), (1024, 3072, 1536), 4096, 32, True)
 PAIRS = [(torch.float32, torch.float32), *[(dtype, torch.float32) for dtype in DTYPES[1:]]]
 
 
+@pytest.mark.parametrize("own_gemm", [False, True], ids=["cublas", "ours"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*CASES, REAL._replace(views=1), REAL], ids=str)
-def test_tokens_and_gradients(case: Case, dtype: torch.dtype) -> None:
+def test_tokens_and_gradients(case: Case, dtype: torch.dtype, own_gemm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Yardstick and oracle on the GPU too: on a CPU the real sizes take minutes."""
+    monkeypatch.setattr(_fusion_products, "own_gemm", own_gemm)
     draws = [draw(case, dtype, "cuda", seed) for seed in range(case.draws(dtype))]
     ours, plain, exact = [], [], []
     for inputs in draws:

@@ -80,8 +80,8 @@ def test_repeats_are_equal(isa: str) -> None:
 WIDE = Layout(3, 5, 6, 2, True, 97, "both")
 
 
-def forward_of(given: Sums, **rest: Any) -> list[Tensor]:
-    outputs = given.forward_outputs()
+def forward_of(given: Sums, keep: bool = True, **rest: Any) -> list[Tensor]:
+    outputs = given.forward_outputs(keep)
     run_forward(given, **outputs.tensors(), **rest)
     return list(outputs.check().values())
 
@@ -106,6 +106,8 @@ def test_threads_blocks_and_repeats_leave_the_bits(dtype: torch.dtype, sums: tor
         assert equal(backward_of(given, isa=isa, threads=threads), back), threads
     for blocks in ((0, 96), (0, 1), (0, 64, 80), (0, 7, 8, 9, 50), tuple(range(97))):
         assert equal(forward_of(given, isa=isa, threads=2, blocks=blocks), expected), blocks
+        in_place = forward_of(given, keep=False, isa=isa, threads=2, blocks=blocks)  # what is begun waits in `out`
+        assert torch.equal(in_place[0], expected[0]), blocks
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -21,6 +21,9 @@ Sums = tuple[Tensor | None, Tensor | None, Tensor | None]  # fine, coarse, queri
 
 _SLICE = 512  # columns of a feature that are widened at a time: they, and their weights, stay in the cache
 _LEAST = 8 << 20  # bytes that a call may always take: fewer for one view would starve the products
+# On a GPU: our kernel, one launch for all products of a call, or cuBLAS. Ours has not run yet (docs/gpu.md); it becomes
+# the default when it has been shown right there, and faster in the same run.
+own_gemm = False
 _BLOCK = 64  # columns of a weight's result come in multiples of this
 
 
@@ -215,7 +218,7 @@ def _add_product(target: Tensor, x: Tensor, weight: Tensor, add: bool, scratch: 
 def _sums_cuda(
     shape: Shape, flat: Sequence[Tensor], queries: Tensor | None, weight: Tensor, query_weight: Tensor | None
 ) -> Sums:
-    """float32 sums of all columns: our kernel's, one launch for all products, or cuBLAS' where that does not apply."""
+    """float32 sums of all columns: our kernel's with `own_gemm` and where it fits, else cuBLAS'."""
     targets = _empty_rows(shape, torch.float32, weight.device)
     problems: list[list[tuple[Tensor, Tensor]]] = [[], [], []]
     channel = 0
@@ -224,7 +227,7 @@ def _sums_cuda(
         channel += x.shape[1]
     if queries is not None and query_weight is not None:
         problems[2].append((queries.reshape(-1, queries.shape[-1]), query_weight))
-    gemm = getattr(extension(), "fusion_gemm", None)
+    gemm = getattr(extension(), "fusion_gemm", None) if own_gemm else None
     if gemm is None or not gemm(
         [(target, segments) for target, segments in zip(targets, problems, strict=True) if target is not None]
     ):

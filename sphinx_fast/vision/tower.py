@@ -114,14 +114,13 @@ class VisionTower(PreTrainedModel):
             nn.init.normal_(module.query_tokens, std=self.config.initializer_range)
 
     def forward(self, pixel_values: Tensor | EncoderViews) -> VisionFeatures:
-        """[B*V, 3, view_size, view_size], or what `ops.encoder_views` made for every encoder -> features of every view.
+        """[B*V, 3, view_size, view_size], or what `ops.encoder_views` made, -> features of every view.
 
-        Raises ValueError on another shape. Given gradients to carry, the modules run, else what `frozen` has of them.
+        Raises ValueError on another shape. With gradients to carry, or under autocast, the modules run, else what
+        `frozen` has of them.
         """
         views = self.encoder_inputs(pixel_values)
-        if torch.is_grad_enabled() and (
-            any(view.requires_grad for view in views) or any(weight.requires_grad for weight in self.parameters())
-        ):
+        if self._carries_gradients(views) or torch.is_autocast_enabled(views.clip.device.type):
             return self._as_modules(views)
         if self._graphs is not None and self._may_replay(views):
             return self._filling_the_grid(self._graphs(self, views))
@@ -129,6 +128,11 @@ class VisionTower(PreTrainedModel):
         for branch in self.branches(views, features):
             branch()
         return self._filling_the_grid(features)
+
+    def _carries_gradients(self, views: EncoderViews) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        return any(view.requires_grad for view in views) or any(weight.requires_grad for weight in self.parameters())
 
     def use_graphs(self, use: bool = True, max_pictures: int = MAX_PICTURES) -> VisionTower:
         """Run as CUDA graphs (`graphs`) from now on, or no longer; without a GPU, and in training, nothing changes.
@@ -146,7 +150,6 @@ class VisionTower(PreTrainedModel):
             and not self.training
             and not any(encoder.training for encoder in self.children())
             and not torch.compiler.is_compiling()
-            and not torch.is_autocast_enabled("cuda")
             and not torch.cuda.is_current_stream_capturing()
         )
 
