@@ -3,8 +3,8 @@
     python bench/bench_tower.py [--device cuda] [--threads 2] [--save]      # every encoder alone, then all together
     pytest bench/bench_tower.py --benchmark-only                            # the same calls under pytest-benchmark
 
-Full widths and input sizes, fewer layers, so that it fits two cores: layers of an encoder are alike, and DEPTHS says
-how many of each are run. fp32 on the CPU, bf16 on a GPU. Peers, on the same weights:
+Full widths and input sizes. On a CPU fp32 and fewer layers, so that it fits two cores: layers of an encoder are alike,
+and DEPTHS says how many of each are run. On a GPU bf16 and all layers. Peers, on the same weights:
     view by view   the modules (transformers' and the plain ConvNeXt) in a row for a view, then for the next; torch.cat
     batched        the modules in a row on all views; ConvNeXt's map repeated to the grid, torch.cat
     products       the matrix products of the linear layers alone, operands in place: the roof
@@ -42,9 +42,12 @@ DEPTHS: dict[str, Any] = {
 
 
 def tower_of(config: SphinxVisionConfig | None = None, device: str = "cpu") -> VisionTower:
+    """The encoders at full width with random weights: as deep as released on a GPU, as DEPTHS says on a CPU."""
     torch.manual_seed(0)
-    tower = VisionTower(config or SphinxVisionConfig(picture_size=448, **DEPTHS)).eval().requires_grad_(False)
-    return tower.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    depths: dict[str, Any] = DEPTHS if device == "cpu" else {name: {} for name in DEPTHS}
+    with torch.device(device):
+        tower = VisionTower(config or SphinxVisionConfig(picture_size=448, **depths)).eval().requires_grad_(False)
+    return tower.to(torch.bfloat16 if device == "cuda" else torch.float32)
 
 
 def modules_of(tower: VisionTower) -> dict[str, Callable[[EncoderViews], Tensor]]:
@@ -142,13 +145,14 @@ def test_tower(benchmark: Any, tower: VisionTower, count: int, name: str, peer: 
 def main() -> None:
     chosen = arguments(__doc__ or "")
     tower = tower_of(device=chosen.device)
-    layers = {name.removesuffix("_config"): next(iter(fields.values())) for name, fields in DEPTHS.items()}
-    print(f"{torch.get_num_threads()} threads; layers: {', '.join(f'{k} {v}' for k, v in layers.items())}")
+    depths = ", ".join(f"{name.removesuffix('_config')} {next(iter(d.values()))}" for name, d in DEPTHS.items())
+    reduced = chosen.device == "cpu"
+    print(f"{torch.get_num_threads()} threads; layers: {depths if reduced else 'all'}")
     lines: list[Line] = []
     for count in VIEWS if chosen.device == "cpu" else (1, 5, 10, 40):
         for name in (*ENCODERS, "all"):
             calls, operations = calls_of(tower, name, count)
-            shape = f"{name}, {count} views, reduced depth"
+            shape = f"{name}, {count} views{', reduced depth' * reduced}"
             lines.append(measure("tower", shape, calls.pop(""), calls, operations, "products", chosen))
     save(lines, chosen)
 

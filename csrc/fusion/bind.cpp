@@ -295,10 +295,12 @@ bool run_gemm(const py::sequence& problems) {
   GemmArgs args{};
   check(py::len(problems) >= 1 && py::len(problems) <= kMaxProblems, "problems: expected 1 to ", kMaxProblems, ", got ",
         py::len(problems));
+  std::vector<py::object> kept;  // a sequence may make its items anew
   std::vector<Borrow> borrowed;
   borrowed.reserve(kMaxProblems * (1 + 2 * kMaxSegments));
   const auto borrow = [&](const py::object& object, const std::string& name) -> const TensorView& {
-    borrowed.emplace_back(object.ptr(), name);
+    kept.push_back(object);
+    borrowed.emplace_back(kept.back().ptr(), name);
     const TensorView& view = *borrowed.back();
     view.expect_shape({kAny, kAny}).expect_device_of(*borrowed.front());
     check(view.shape[1] <= 1 || view.strides[1] == 1, name, ": expected the last dimension without gaps, got stride ",
@@ -307,7 +309,8 @@ bool run_gemm(const py::sequence& problems) {
   };
   for (const py::handle entry : problems) {
     const auto pair = py::reinterpret_borrow<py::sequence>(entry);
-    const auto segments = py::reinterpret_borrow<py::sequence>(pair[1]);
+    check(py::len(pair) == 2, "problems: expected pairs of out and segments, got ", py::len(pair), " items");
+    const py::sequence segments = pair[1];
     check(py::len(segments) >= 1 && py::len(segments) <= kMaxSegments, "segments: expected 1 to ", kMaxSegments,
           ", got ", py::len(segments));
     const TensorView& out = borrow(pair[0], concat("out[", args.count, "]"));
@@ -320,6 +323,7 @@ bool run_gemm(const py::sequence& problems) {
     problem.ldo = out.strides[0];
     for (const py::handle segment : segments) {
       const auto operands = py::reinterpret_borrow<py::sequence>(segment);
+      check(py::len(operands) == 2, "segments: expected pairs of x and weight, got ", py::len(operands), " items");
       const TensorView& x = borrow(operands[0], "x");
       const TensorView& weight = borrow(operands[1], "weight");
       if (borrowed.size() == 3) args.dtype = x.dtype;

@@ -136,14 +136,15 @@ void run_views(const py::sequence& pictures, const std::vector<int64_t>& geometr
   }
 
   // Everything is checked before anything is written.
+  std::vector<py::object> kept;  // a sequence may make its items anew
   std::vector<Borrow> borrowed;  // keeps the memory of the pictures
   std::vector<Job> jobs;
   borrowed.reserve(count);
   jobs.reserve(count);
   const int64_t image = item_size(sizes.dtype) * views * 3;  // bytes of a picture's views, per pixel of a view
   for (int64_t b = 0; b < count; ++b) {
-    const py::object object = pictures[b];
-    borrowed.emplace_back(object.ptr(), concat("pictures[", b, "]"));
+    kept.push_back(pictures[b]);
+    borrowed.emplace_back(kept.back().ptr(), concat("pictures[", b, "]"));
     borrowed.back()->expect_device_of(on);
     Job job = checked_job(*borrowed.back(), geometry.data() + b * kNumbers, size);
     job.out = sizes;
