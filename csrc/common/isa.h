@@ -38,4 +38,11 @@ inline Isa checked_isa(const std::optional<std::string>& name) {
       concat("isa: expected plain to ", kIsaNames[static_cast<int>(best_isa())], " on this processor, got ", *name));
 }
 
+// The loops of a room for `isa`: `all` holds those that are in this build, in the order of Isa.
+template <class Rows, size_t N>
+const Rows& loops_for(Isa isa, const Rows& (*const (&all)[N])()) {
+  check(static_cast<size_t>(isa) < N, "isa: not in this build");
+  return all[static_cast<size_t>(isa)]();
+}
+
 }  // namespace sphinx

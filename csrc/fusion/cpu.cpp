@@ -11,17 +11,8 @@ namespace {
 
 constexpr int64_t kGrain = 16;  // rows a thread takes at once
 
-const Rows& rows_of(Isa isa) {
-#ifdef SPHINX_X86
-  if (isa == Isa::avx2) return rows_avx2();
-  if (isa == Isa::avx512) return rows_avx512();
-#endif
-  check(isa == Isa::plain, "isa: not in this build");
-  return rows_plain();
-}
-
 const RowsOf& loops_of(Isa isa, DType dtype) {
-  return rows_of(isa).of[dtype == DType::f32 ? 0 : dtype == DType::f16 ? 1 : 2];
+  return loops_for(isa, kRows).of[dtype == DType::f32 ? 0 : dtype == DType::f16 ? 1 : 2];
 }
 
 // Rows of `width` values of `size` bytes; NULL stays NULL.
@@ -37,15 +28,29 @@ char* bytes(void* memory) {
   return static_cast<char*>(memory);
 }
 
-class ForwardRows {
+// What both directions know of a call.
+template <class Args>
+class Pass {
  public:
-  ForwardRows(const Forward& args, const RowsOf& loops)
+  Pass(const Args& args, const RowsOf& loops)
       : args_(args),
         layout_(args.layout),
         loops_(loops),
         size_(item_size(args.dtype)),
         sum_size_(item_size(args.sums)),
         own_(args.sums == args.dtype && args.dtype != DType::f32) {}
+
+ protected:
+  const Args& args_;
+  const Layout& layout_;
+  const RowsOf& loops_;
+  const int64_t size_, sum_size_;
+  const bool own_;  // sums come in the tensors' own half precision
+};
+
+class ForwardRows : Pass<Forward> {
+ public:
+  using Pass::Pass;
 
   // The part of the block of columns in row `row` of view `view`.
   void operator()(int64_t view, int64_t row) const {
@@ -74,25 +79,12 @@ class ForwardRows {
     float* const stats = args_.stats ? args_.stats + 2 * kept_row : local;
     loops_.normalise(y, of.weight, of.shift, layout_.width, args_.eps, out, stats);
   }
-
- private:
-  const Forward& args_;
-  const Layout& layout_;
-  const RowsOf& loops_;
-  const int64_t size_, sum_size_;
-  const bool own_;  // sums come in the tensors' own half precision
 };
 
 // One row's way back. `unit` of a chunk is a coarse row with all that repeat it, a fine row, or a query row.
-class BackwardRows {
+class BackwardRows : Pass<Backward> {
  public:
-  BackwardRows(const Backward& args, const RowsOf& loops)
-      : args_(args),
-        layout_(args.layout),
-        loops_(loops),
-        size_(item_size(args.dtype)),
-        sum_size_(item_size(args.sums)),
-        own_(args.sums == args.dtype && args.dtype != DType::f32) {}
+  using Pass::Pass;
 
   void patches(int64_t chunk) const {
     const int64_t width = layout_.width, units = args_.coarse ? coarse_rows(layout_) : patch_rows(layout_);
@@ -141,12 +133,6 @@ class BackwardRows {
                           row_at(bytes(args_.kept), kept, layout_.width, size_), args_.stats + 2 * kept, weight,
                           layout_.width, result, coarse, sums);
   }
-
-  const Backward& args_;
-  const Layout& layout_;
-  const RowsOf& loops_;
-  const int64_t size_, sum_size_;
-  const bool own_;
 };
 
 }  // namespace

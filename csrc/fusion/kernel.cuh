@@ -233,4 +233,16 @@ __global__ void __launch_bounds__(kBlock) fusion_backward_kernel(const __grid_co
   });
 }
 
+// For the host: calls f with a value of T, the dtype of tokens, and one of S, that of sums.
+template <class F>
+void dispatch_sums(DType dtype, DType sums, F&& f) {
+  dispatch_float(dtype, [&](auto token) {
+    if (sums == DType::f32) {
+      f(token, float{});
+    } else {
+      f(token, token);
+    }
+  });
+}
+
 }  // namespace sphinx::fusion

@@ -17,23 +17,11 @@ unsigned checked_blocks(int64_t count) {
   return static_cast<unsigned>(count);
 }
 
-// Calls f with a value of T, the dtype of tokens, and one of S, that of sums.
-template <class F>
-void dispatch(DType dtype, DType sums, F&& f) {
-  dispatch_float(dtype, [&](auto token) {
-    if (sums == DType::f32) {
-      f(token, float{});
-    } else {
-      f(token, token);
-    }
-  });
-}
-
 }  // namespace
 
 void run_cuda(const Forward& args, int device, void* stream) {
   const DeviceGuard guard(device);
-  dispatch(args.dtype, args.sums, [&](auto token, auto sum) {
+  dispatch_sums(args.dtype, args.sums, [&](auto token, auto sum) {
     launch(fusion_kernel<decltype(token), decltype(sum)>,
            dim3(checked_blocks(args.layout.views * token_rows(args.layout))), forward_shared(args.layout.width, kBlock),
            args, stream);
@@ -42,7 +30,7 @@ void run_cuda(const Forward& args, int device, void* stream) {
 
 void run_cuda(const Backward& args, int device, void* stream) {
   const DeviceGuard guard(device);
-  dispatch(args.dtype, args.sums, [&](auto token, auto sum) {
+  dispatch_sums(args.dtype, args.sums, [&](auto token, auto sum) {
     launch(fusion_backward_kernel<decltype(token), decltype(sum)>,
            dim3(checked_blocks(args.chunks), args.layout.queries ? 2 : 1), backward_shared(args.layout.width, kBlock),
            args, stream);

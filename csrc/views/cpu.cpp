@@ -13,15 +13,6 @@
 namespace sphinx::views {
 namespace {
 
-const Rows& rows_of(Isa isa) {
-#ifdef SPHINX_X86
-  if (isa == Isa::avx2) return rows_avx2();
-  if (isa == Isa::avx512) return rows_avx512();
-#endif
-  check(isa == Isa::plain, "isa: not in this build");
-  return rows_plain();
-}
-
 void interleave_canvas(const PlanarRows& canvas, int size, uint8_t* result) {
   for (int y = 0; y < size; ++y) {
     for (int x = 0; x < size; ++x) {
@@ -49,7 +40,7 @@ void run(const Job& job, const Plans& plans, const Cut& cut, const Rows& loops, 
 
 void run_cpu(const Job* jobs, int64_t count, Isa isa, int threads) {
   if (count == 0) return;
-  const Rows& loops = rows_of(isa);
+  const Rows& loops = loops_for(isa, kRows);
   const Cut cut(jobs[0].out, loops);
   std::vector<Plans> plans;  // here, not in the threads: they are kept per thread, and those threads do not last
   plans.reserve(count);

@@ -75,9 +75,13 @@ struct Rows {
 };
 
 const Rows& rows_plain();
-#ifdef SPHINX_X86
 const Rows& rows_avx2();
 const Rows& rows_avx512();
+
+#ifdef SPHINX_X86
+constexpr const Rows& (*kRows[])() = {rows_plain, rows_avx2, rows_avx512};  // in the order of Isa
+#else
+constexpr const Rows& (*kRows[])() = {rows_plain};
 #endif
 
 }  // namespace sphinx::views

@@ -15,18 +15,6 @@ Layout layout_of(const int64_t* n) {
   return {n[0], n[1], n[2], n[3], n[4] != 0, n[5]};
 }
 
-// As launch.cu's.
-template <class F>
-void dispatch(DType dtype, DType sums, F&& f) {
-  dispatch_float(dtype, [&](auto token) {
-    if (sums == DType::f32) {
-      f(token, float{});
-    } else {
-      f(token, token);
-    }
-  });
-}
-
 }  // namespace
 
 extern "C" {
@@ -48,7 +36,7 @@ int forward_on_host(const int64_t* layout, const void* const* in, void* const* o
   args.dtype = kDTypes[dtype], args.sums = kDTypes[sums];
   const auto blocks = static_cast<unsigned>(args.layout.views * token_rows(args.layout));
   bool kept = false;
-  dispatch(args.dtype, args.sums, [&](auto token, auto sum) {
+  dispatch_sums(args.dtype, args.sums, [&](auto token, auto sum) {
     kept = launch_on_host({blocks, 1, 1}, threads, forward_shared(args.layout.width, threads),
                           fusion_kernel<decltype(token), decltype(sum)>, args);
   });
@@ -67,7 +55,7 @@ int backward_on_host(const int64_t* layout, const void* const* in, void* const* 
   args.dtype = kDTypes[dtype], args.sums = kDTypes[sums];
   const Dim3 grid{static_cast<unsigned>(chunks), args.layout.queries ? 2u : 1u, 1};
   bool kept = false;
-  dispatch(args.dtype, args.sums, [&](auto token, auto sum) {
+  dispatch_sums(args.dtype, args.sums, [&](auto token, auto sum) {
     kept = launch_on_host(grid, threads, backward_shared(args.layout.width, threads),
                           fusion_backward_kernel<decltype(token), decltype(sum)>, args);
   });

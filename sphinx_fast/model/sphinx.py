@@ -11,7 +11,7 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from sphinx_fast.model.config import SphinxConfig
-from sphinx_fast.vision import Fusion, VisionFeatures, VisionTower
+from sphinx_fast.vision import Fusion, VisionTower
 
 
 @dataclass
@@ -125,32 +125,36 @@ class SphinxModel(SphinxPreTrainedModel):
         Without gradients the fusion writes them where they belong, and the second result is a view of the first when
         nothing lies between them.
         """
-        features = self.vision_tower(pixel_values)
         embeddings, placeholders = self._text_embeddings(input_ids)
-        rows = self._rows_of_views(embeddings, placeholders, features)
+        rows = self._rows_of_views(embeddings, placeholders, pixel_values.shape[0])
+        features = self.vision_tower(pixel_values)
         if rows is None:
             visual_tokens = self.fusion(features)
             return _scatter(embeddings, placeholders, visual_tokens), visual_tokens
         flat = embeddings.flatten(0, 1)
-        self.fusion(features, out=flat, first=rows[:, 0].contiguous())
+        self.fusion(features, out=flat, first=rows[:, 0].contiguous().to(flat.device))
         first, last = int(rows[0, 0]), int(rows[-1, -1])
         if last - first + 1 == rows.numel():
             return embeddings, flat[first : last + 1].view(*rows.shape, -1)
-        return embeddings, flat[rows]
+        return embeddings, flat[rows.to(flat.device)]
 
-    def _rows_of_views(self, embeddings: Tensor, placeholders: Tensor, features: VisionFeatures) -> Tensor | None:
-        """Rows [B*V, tokens_per_view] of the flattened embeddings that the fusion may write to; None where it may not:
-        a gradient is wanted, torch.compile traces, or a view's placeholders are not one run."""
-        seen = features.parts[0]
-        like = embeddings.is_contiguous() and embeddings.dtype == seen.dtype and embeddings.device == seen.device
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not (like and self.fusion.fuses()):
+    def _rows_of_views(self, embeddings: Tensor, placeholders: Tensor, views: int) -> Tensor | None:
+        """Rows [views, tokens_per_view] of the flattened embeddings that the fusion may write to, on the CPU.
+
+        None where it may not: a gradient is wanted, torch.compile traces, or a view's placeholders are not one run. A
+        GPU is waited for once, before it is given the encoders.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.fusion.fuses():
             return None
-        shape = seen.shape[0], self.config.vision_config.tokens_per_view
-        rows = placeholders.flatten().nonzero()
-        _check_placeholders(rows.shape[0], shape[0] * shape[1])
-        rows = rows.view(shape)
-        runs = rows[:, -1] - rows[:, 0] == shape[1] - 1
-        return rows if shape[0] and bool(runs.all()) else None
+        weight = self.fusion.patch_projection.linear.weight
+        if not embeddings.is_contiguous() or (embeddings.dtype, embeddings.device) != (weight.dtype, weight.device):
+            return None
+        per_view = self.config.vision_config.tokens_per_view
+        rows = placeholders.cpu().flatten().nonzero()
+        _check_placeholders(rows.shape[0], views * per_view)
+        rows = rows.view(views, per_view)
+        runs = rows[:, -1] - rows[:, 0] == per_view - 1
+        return rows if views and bool(runs.all()) else None
 
     def forward(
         self,

@@ -21,10 +21,11 @@ Sums = tuple[Tensor | None, Tensor | None, Tensor | None]  # fine, coarse, queri
 
 _SLICE = 512  # columns of a feature that are widened at a time: they, and their weights, stay in the cache
 _LEAST = 8 << 20  # bytes that a call may always take: fewer for one view would starve the products
+_BLOCK = 64  # columns of a weight's result come in multiples of this
+
 # On a GPU: our kernel, one launch for all products of a call, or cuBLAS. Ours has not run yet (docs/gpu.md); it becomes
 # the default when it has been shown right there, and faster in the same run.
 own_gemm = False
-_BLOCK = 64  # columns of a weight's result come in multiples of this
 
 
 class Shape(NamedTuple):
@@ -219,7 +220,6 @@ def _sums_cuda(
     shape: Shape, flat: Sequence[Tensor], queries: Tensor | None, weight: Tensor, query_weight: Tensor | None
 ) -> Sums:
     """float32 sums of all columns: our kernel's with `own_gemm` and where it fits, else cuBLAS'."""
-    targets = _empty_rows(shape, torch.float32, weight.device)
     problems: list[list[tuple[Tensor, Tensor]]] = [[], [], []]
     channel = 0
     for x, small in zip(flat, shape.coarse, strict=True):
@@ -228,16 +228,23 @@ def _sums_cuda(
     if queries is not None and query_weight is not None:
         problems[2].append((queries.reshape(-1, queries.shape[-1]), query_weight))
     gemm = getattr(extension(), "fusion_gemm", None) if own_gemm else None
-    if gemm is None or not gemm(
-        [(target, segments) for target, segments in zip(targets, problems, strict=True) if target is not None]
-    ):
-        for target, segments in zip(targets, problems, strict=True):
-            for index, (x, of) in enumerate(segments):
-                assert target is not None
-                half = x.dtype != torch.float32
-                product = torch.mm(x, of.T, out_dtype=torch.float32) if half else torch.mm(x, of.T)
-                target.copy_(product) if index == 0 else target.add_(product)
-    return targets
+    if gemm is not None:
+        targets = _empty_rows(shape, torch.float32, weight.device)
+        pairs = zip(targets, problems, strict=True)
+        if gemm([(target, segments) for target, segments in pairs if target is not None]):
+            return targets
+    fine, coarse, of_queries = (_sum_of_products(segments) for segments in problems)
+    return fine, coarse, of_queries
+
+
+def _sum_of_products(segments: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """The float32 sum of x weight^T over (x, weight); None of no segments."""
+    total: Tensor | None = None
+    for x, weight in segments:
+        how = {} if x.dtype == torch.float32 else {"out_dtype": torch.float32}
+        product = torch.mm(x, weight.T, **how)  # type: ignore[call-overload]
+        total = product if total is None else total.add_(product)
+    return total
 
 
 def empty_sums(shape: Shape, like: Tensor) -> Sums:

@@ -80,6 +80,8 @@ class Fusion(nn.Module):
         [rows, D], which is then returned (see `ops.fusion`).
         """
         if not self.fuses():
+            if out is not None:
+                raise ValueError("out: only where the fusion `fuses()`")
             return self.layer_by_layer(features)
         queries, query = None, None
         if self.query_projection is not None and features.queries is not None:

@@ -132,7 +132,7 @@ class Recording(NamedTuple):
 class TowerGraphs:
     """The graphs of one tower, recorded when first needed.
 
-    Calls from several threads or streams wait for each other: the buckets' memory is one. A copy or a pickle is empty.
+    Calls from several threads or streams wait for each other: the buckets' memory is one. A copy starts without any.
 
     Args:
         max_pictures: a power of two; the largest bucket. Its inputs, features and activations stay allocated.
