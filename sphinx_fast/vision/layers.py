@@ -21,7 +21,7 @@ except ImportError:
     flash_attn_func = None
 
 # A CPU runs feed-forwards over so many rows at a time: enough for a GEMM, few enough that the hidden layer (four times
-# as wide) stays in the cache and in memory the allocator keeps. ConvNeXt's first stage gains 1.4x, its second 1.2x.
+# as wide) stays in the cache and in memory the allocator keeps.
 CPU_ROWS = 2560
 
 Activation = Callable[[Tensor], Tensor]
@@ -50,7 +50,7 @@ def project(x: Tensor, parts: Sequence[Linear], count: int) -> Sequence[Tensor]:
     if x.is_cuda or torch.compiler.is_compiling():
         return F.linear(x, weight, bias).chunk(count, dim=-1)
     # Rows whose length is a multiple of 4 KiB would put a head's keys into the same few sets of a CPU's cache. A line
-    # more between them makes attention 1.3 times as fast at CLIP's width.
+    # more between them spreads them.
     width, line = weight.shape[0], 64 // weight.element_size()
     rows = x.new_empty(x.shape[0] * x.shape[1], width + line)[:, :width]
     if bias is None:
@@ -96,7 +96,7 @@ def feed_forward(x: Tensor, up: Sequence[Linear], act: Activation | None, down: 
     """down(act(up(x))); or, of two layers and no activation, down(silu(gate(x)) * value(x))."""
     if act is None:
         # As one product they would be one tensor of 42 MB for five views of DINOv2, more than glibc keeps for the next
-        # layer: 10,000 page faults each time.
+        # layer: page faults each time.
         gate, value = up
         return F.linear(F.silu(F.linear(x, *gate), inplace=True).mul_(F.linear(x, *value)), *down)
     return F.linear(act(F.linear(x, *up[0])), *down)
