@@ -2,7 +2,7 @@
 
 On the CPU they are torch's. They come in blocks of columns, so that what they need beside the tokens is at most as much
 memory as the tokens take, or 8 MiB. Half precision that the processor does not compute with is widened on the way,
-slice by slice: exact, and several times faster than the emulation in torch.
+slice by slice: exact, and faster than the emulation in torch (docs/fusion.md).
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def checked_shape(
 @cache
 def computes_with(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies matrices of `dtype` itself: float32 always, half precision where it has
-    instructions for it. Elsewhere torch emulates them at a fifth of the speed of float32."""
+    instructions for it. Elsewhere torch emulates them, slower than float32."""
     if dtype == torch.float32:
         return True
     if dtype == torch.bfloat16:
