@@ -87,6 +87,13 @@ def copy_ceiling(device: str) -> float:
     return 2 * source.numel() * source.element_size() / seconds / 1e9
 
 
+def read_ceiling(device: str) -> float:
+    """GB/s of reading two buffers that no cache holds side by side."""
+    left, right = (torch.ones(2**28 if device == "cuda" else 2**26, device=device) for _ in range(2))
+    seconds = median_seconds({"dot": lambda: torch.dot(left, right)}, device, 0.5)["dot"]
+    return 2 * left.numel() * left.element_size() / seconds / 1e9
+
+
 def measure(
     room: str,
     shape: str,
@@ -95,11 +102,12 @@ def measure(
     work: float,
     ceiling: float | str,
     chosen: argparse.Namespace,
+    ceiling_name: str = "copy",
 ) -> Line:
     """Times ours beside its peers.
 
-    `work` is the bytes that must be read and written at least, and `ceiling` the GB/s of a copy; or `work` is
-    operations and `ceiling` the peer that does nothing but them.
+    `work` is the bytes that must be read and written at least, and `ceiling` the GB/s of a copy (or what
+    `ceiling_name` says); or `work` is operations and `ceiling` the peer that does nothing but them.
     """
     seconds = median_seconds({"": ours, **peers}, chosen.device, chosen.seconds)
     rate = work / seconds[""] / 1e9
@@ -107,7 +115,7 @@ def measure(
         line = Line(room, shape, seconds[""] * 1e3, 0.0, 100 * seconds[ceiling] / seconds[""])
         line.teraflops_per_second, line.ceiling = rate / 1e3, ceiling
     else:
-        line = Line(room, shape, seconds[""] * 1e3, rate, 100 * rate / ceiling)
+        line = Line(room, shape, seconds[""] * 1e3, rate, 100 * rate / ceiling, ceiling=ceiling_name)
     line.ratio_to = {name: seconds[name] / seconds[""] for name in peers}
     print(line, flush=True)
     return line

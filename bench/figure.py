@@ -1,4 +1,4 @@
-"""docs/views.svg: time against picture size, ours and each peer, from bench/results/views-cpu.jsonl.
+"""docs/views.svg and docs/attention.svg: time against size, ours and each peer, from bench/results.
 
 python bench/figure.py
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,29 +20,31 @@ COLOURS = {
     "resize": "#999",
     "resize+write": "#555",
     "limit": "#bbb",
+    "sdpa": "#36c",
+    "rows": "#393",
+    "flash-attn": "#a60",
+    "flashinfer": "#639",
 }
+Series = dict[str, list[tuple[float, float]]]  # of each name (size, milliseconds)
 
 
-def series(threads: int, size: int) -> tuple[dict[str, list[tuple[float, float]]], str]:
-    """Per name (pixels, milliseconds) of single pictures cut at `size`; and what they were measured on."""
-    found: dict[str, list[tuple[float, float]]] = {}
+def series(room: str, size_of: Callable[[dict[str, object]], float | None]) -> tuple[Series, str]:
+    """The lines of a result file that `size_of` gives a size, the last of each size; what they were measured on."""
+    found: dict[str, dict[float, float]] = {}
     about = ""
-    for text in (ROOT / "bench/results/views-cpu.jsonl").read_text().splitlines():
+    for text in (ROOT / f"bench/results/{room}-cpu.jsonl").read_text().splitlines():
         line = json.loads(text)
-        shape = re.fullmatch(r"1 x (\d+)x(\d+) -> (\d+) x 224", line["shape"])
-        if not shape or line["threads"] != threads or int(shape[3]) != 1 + (size // 224) ** 2:
+        size = size_of(line)
+        if size is None:
             continue
-        pixels = int(shape[1]) * int(shape[2])
         for name, ratio in {"ours": 1.0, **line["ratio_to"]}.items():
-            if name not in COLOURS:
-                continue
-            found.setdefault(name, []).append((pixels, line["milliseconds"] * ratio))
-        about = f"{line['device']}, {threads} thread, torch {line['torch']}, commit {line['commit'][:7]}"
-    return {name: sorted(points) for name, points in found.items()}, about
+            if name in COLOURS:
+                found.setdefault(name, {})[size] = line["milliseconds"] * ratio
+        about = f"{line['device']}, threads: {line['threads']}, torch {line['torch']}, commit {line['commit'][:7]}"
+    return {name: sorted(points.items()) for name, points in found.items()}, about
 
 
-def draw(threads: int = 1, size: int = 448) -> str:
-    lines, about = series(threads, size)
+def draw(title: str, lines: Series, about: str, label: Callable[[float], str]) -> str:
     xs = [x for points in lines.values() for x, _ in points]
     ys = [y for points in lines.values() for _, y in points]
     x0, x1, y0, y1 = (math.log10(v) for v in (min(xs), max(xs), min(ys) * 0.8, max(ys) * 1.3))
@@ -54,7 +57,7 @@ def draw(threads: int = 1, size: int = 448) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
         'font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        f'<text x="{LEFT}" y="18">One picture to all encoders\' inputs at {size} px, fp32: milliseconds</text>',
+        f'<text x="{LEFT}" y="18">{title}</text>',
         f'<text x="{LEFT}" y="{HEIGHT - 8}" font-size="10" fill="#666">{about}</text>',
     ]
     for power in range(math.floor(y0), math.ceil(y1) + 1):
@@ -65,9 +68,7 @@ def draw(threads: int = 1, size: int = 448) -> str:
                 parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
     for x in sorted(set(xs)):
         left = at(x, min(ys))[0]
-        parts.append(
-            f'<text x="{left:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x / 1e6:.2g} Mpixel</text>'
-        )
+        parts.append(f'<text x="{left:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{label(x)}</text>')
     ends: list[float] = []
     for name, points in sorted(lines.items(), key=lambda item: -item[1][-1][1]):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
@@ -79,5 +80,24 @@ def draw(threads: int = 1, size: int = 448) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
+def pixels(line: dict[str, object], threads: int = 1, size: int = 448) -> float | None:
+    """Of single pictures cut at `size`."""
+    shape = re.fullmatch(r"1 x (\d+)x(\d+) -> (\d+) x 224", str(line["shape"]))
+    if not shape or line["threads"] != threads or int(shape[3]) != 1 + (size // 224) ** 2:
+        return None
+    return int(shape[1]) * int(shape[2])
+
+
+def questions(line: dict[str, object]) -> float | None:
+    """On one picture of 1,455 positions, fp32."""
+    shape = re.fullmatch(r"(\d+) (?:on 1|separate), 1455 \+ 16 fp32", str(line["shape"]))
+    return int(shape[1]) if shape and ("on 1" in str(line["shape"]) or shape[1] == "1") else None
+
+
 if __name__ == "__main__":
-    (ROOT / "docs/views.svg").write_text(draw())
+    title = "One picture to all encoders' inputs at 448 px, fp32: milliseconds"
+    views = draw(title, *series("views", pixels), lambda x: f"{x / 1e6:.2g} Mpixel")
+    (ROOT / "docs/views.svg").write_text(views)
+    title = "Questions on one picture, a step of a layer over 1,455 + 16 positions, fp32: milliseconds"
+    attention = draw(title, *series("attention", questions), lambda x: f"{x:g}")
+    (ROOT / "docs/attention.svg").write_text(attention)

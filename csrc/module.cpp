@@ -6,11 +6,15 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/parallel.h"
 
 namespace py = pybind11;
 
 namespace sphinx {
 
+namespace attention {
+void bind(py::module_& module);
+}
 namespace fusion {
 void bind(py::module_& module);
 }
@@ -49,8 +53,10 @@ PYBIND11_MODULE(_C, module) {
       PyErr_SetString(PyExc_TypeError, error.what());
     }
   });
+  sphinx::loaded_openmp();
   module.def("build_info", &sphinx::build_info);
   module.def("isas", &sphinx::isas);
+  sphinx::attention::bind(module);
   sphinx::fusion::bind(module);
   sphinx::views::bind(module);
 }

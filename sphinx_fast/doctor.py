@@ -47,8 +47,8 @@ def _extension_lines() -> list[str]:
     loops = extension().isas()[-1]  # the instruction set found
     if info["cuda"] is not None:
         cuda = f"{info['cuda_archs']}, nvcc {info['cuda']}"
-        return [*lines, f"kernels       fusion, views on CPU ({loops}) and CUDA ({cuda})"]
-    lines.append(f"kernels       fusion, views on CPU ({loops}); {info['why_not']}")
+        return [*lines, f"kernels       attention, fusion, views on CPU ({loops}) and CUDA ({cuda})"]
+    lines.append(f"kernels       attention, fusion, views on CPU ({loops}); {info['why_not']}")
     if torch.cuda.is_available():
         lines.append(f"  to do       {info['hint']}")
     return lines

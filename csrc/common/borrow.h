@@ -8,6 +8,7 @@
 #include <Python.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -159,6 +160,30 @@ class Borrow {
 
   TensorView view_;
   std::unique_ptr<PyObject, ReleaseObject> capsule_;
+};
+
+// A tensor that may be None; given as a pybind11 handle.
+class Optional {
+ public:
+  template <class Handle>
+  Optional(const Handle& object, const char* name) {
+    if (object.ptr() != Py_None) borrowed_.emplace(object.ptr(), name);
+  }
+  explicit operator bool() const { return borrowed_.has_value(); }
+  const TensorView& operator*() const { return **borrowed_; }
+  const TensorView* operator->() const { return &**borrowed_; }
+  void* data() const { return borrowed_ ? (*borrowed_)->data : nullptr; }
+
+  // Contiguous, of this dtype and shape, where `on` is.
+  const Optional& expect(const TensorView& on, DType dtype, std::initializer_list<int64_t> shape) const {
+    if (borrowed_) {
+      (*borrowed_)->expect_dtype({dtype}).expect_shape(shape).expect_contiguous().expect_device_of(on);
+    }
+    return *this;
+  }
+
+ private:
+  std::optional<Borrow> borrowed_;
 };
 
 }  // namespace sphinx

@@ -28,4 +28,15 @@ void dispatch_float(DType dtype, F&& f) {
                                   "CMAKE_ARGS=-DSPHINX_CUDA=ON pip install -e . --no-build-isolation"));
 }
 
+inline void check_backend(const TensorView& on) {
+#ifndef SPHINX_WITH_CUDA
+  if (on.device == DeviceKind::cuda) throw_no_cuda(on);
+#endif
+}
+
+// The place of a dtype in a table for float32, float16, bfloat16.
+inline int float_index(DType dtype) {
+  return dtype == DType::f32 ? 0 : dtype == DType::f16 ? 1 : 2;
+}
+
 }  // namespace sphinx

@@ -1,5 +1,8 @@
-// Rows over threads. A team's threads live for one call: nothing survives a fork, and nothing is shared between
-// callers.
+// Rows over threads: those of the OpenMP that torch has loaded, else our own.
+//
+// After an operation OpenMP's threads wait for the next one in a busy loop for a while. Threads of our own would share
+// the processors with them; these are awake already. A forked child has lost them: there, and where no OpenMP is
+// loaded, a team starts threads that live for one call.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +15,28 @@
 #include <thread>
 #include <vector>
 
+#if defined(__unix__)
+#include <dlfcn.h>
+#include <unistd.h>
+#endif
+
+#include "common/check.h"
+
 namespace sphinx {
+
+// OpenMP's way to run f(data) on `threads` threads at once; also exported by Intel's and LLVM's for Linux.
+using RunParallel = void (*)(void (*f)(void*), void* data, unsigned threads, unsigned flags);
+
+// That of the process, or NULL. First asked for when the module is loaded (module.cpp): that process owns its threads.
+inline RunParallel loaded_openmp() {
+#if defined(__unix__)
+  static const auto found = reinterpret_cast<RunParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  static const pid_t owner = getpid();
+  return getpid() == owner ? found : nullptr;
+#else
+  return nullptr;
+#endif
+}
 
 // `threads` threads, the caller's among them, for several loops in a row. The others are started by the first loop that
 // has work for them, and wait between loops.
@@ -55,7 +79,14 @@ class Team {
       }
     };
     using Work = decltype(work);
-    start(std::min<int64_t>(most_, chunks) - 1);  // before `work` is shown to anybody: this may throw
+    const auto threads = static_cast<unsigned>(std::min<int64_t>(most_, chunks));
+    if (const RunParallel run_parallel = loaded_openmp()) {
+      run_parallel([](void* data) { (*static_cast<Work*>(data))(); },
+                   const_cast<void*>(static_cast<const void*>(&work)), threads, 0);
+      if (error) std::rethrow_exception(error);
+      return;
+    }
+    start(threads - 1);  // before `work` is shown to anybody: this may throw
     open([](const void* work) { (*static_cast<const Work*>(work))(); }, &work);
     work();
     close();
@@ -116,6 +147,11 @@ class Team {
   int active_ = 0;
   bool stopped_ = false;
 };
+
+inline int checked_threads(int64_t value) {
+  check(value >= 1 && value <= 1024, "threads: expected 1 to 1024, got ", value);
+  return static_cast<int>(value);
+}
 
 // One loop.
 template <class F>

@@ -8,6 +8,7 @@
 
 #include "common/borrow.h"
 #include "common/dispatch.h"
+#include "common/parallel.h"
 #include "fusion/args.h"
 #include "fusion/gemm.h"
 #include "fusion/math.h"
@@ -23,40 +24,6 @@ int64_t checked_extent(int64_t value, int64_t least, const char* name) {
   check(value >= least && value <= kMaxExtent, name, ": expected ", least, " to ", kMaxExtent, ", got ", value);
   return value;
 }
-
-int checked_threads(int64_t value) {
-  check(value >= 1 && value <= 1024, "threads: expected 1 to 1024, got ", value);
-  return static_cast<int>(value);
-}
-
-void check_backend(const TensorView& on) {
-#ifndef SPHINX_WITH_CUDA
-  if (on.device == DeviceKind::cuda) throw_no_cuda(on);
-#endif
-}
-
-// A tensor that may be None, checked against the tensor that sets device and dtypes.
-class Optional {
- public:
-  Optional(const py::object& object, const char* name) {
-    if (!object.is_none()) borrowed_.emplace(object.ptr(), name);
-  }
-  explicit operator bool() const { return borrowed_.has_value(); }
-  const TensorView& operator*() const { return **borrowed_; }
-  const TensorView* operator->() const { return &**borrowed_; }
-  void* data() const { return borrowed_ ? (*borrowed_)->data : nullptr; }
-
-  // Contiguous, of this dtype and shape, where `on` is.
-  const Optional& expect(const TensorView& on, DType dtype, std::initializer_list<int64_t> shape) const {
-    if (borrowed_) {
-      (*borrowed_)->expect_dtype({dtype}).expect_shape(shape).expect_contiguous().expect_device_of(on);
-    }
-    return *this;
-  }
-
- private:
-  std::optional<Borrow> borrowed_;
-};
 
 // The dtype of the sums: float32 or that of the tokens, the same for all that are there.
 DType checked_sums(std::initializer_list<const Optional*> all, DType dtype) {

@@ -2,6 +2,7 @@
 #include <cstring>
 #include <vector>
 
+#include "common/dispatch.h"
 #include "common/parallel.h"
 #include "fusion/math.h"
 #include "fusion/rows.h"
@@ -12,7 +13,7 @@ namespace {
 constexpr int64_t kGrain = 16;  // rows a thread takes at once
 
 const RowsOf& loops_of(Isa isa, DType dtype) {
-  return loops_for(isa, kRows).of[dtype == DType::f32 ? 0 : dtype == DType::f16 ? 1 : 2];
+  return loops_for(isa, kRows).of[float_index(dtype)];
 }
 
 // Rows of `width` values of `size` bytes; NULL stays NULL.

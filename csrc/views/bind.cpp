@@ -9,6 +9,7 @@
 
 #include "common/borrow.h"
 #include "common/dispatch.h"
+#include "common/parallel.h"
 #include "views/args.h"
 #include "views/math.h"
 
@@ -79,29 +80,18 @@ Job checked_job(const TensorView& view, const int64_t* numbers, int size) {
 
 // --- outputs
 // ----------------------------------------------------------------------------------------------------------
-std::optional<Borrow> borrow_optional(const py::object& object, const char* name) {
-  if (object.is_none()) return std::nullopt;
-  return Borrow(object.ptr(), name);
-}
-
-void check_backend(const TensorView& on) {
-#ifndef SPHINX_WITH_CUDA
-  if (on.device == DeviceKind::cuda) throw_no_cuda(on);
-#endif
-}
-
 // The side of an output [images, 3, side, side] like `like`; 0 where it is not wanted.
-int checked_output(const std::optional<Borrow>& output, const TensorView& like, int64_t images, int64_t most) {
+int checked_output(const Optional& output, const TensorView& like, int64_t images, int64_t most) {
   if (!output) return 0;
-  const TensorView& view = **output;
+  const TensorView& view = *output;
   view.expect_dtype({like.dtype}).expect_shape({images, 3, kAny, kAny}).expect_contiguous().expect_device_of(like);
   const int side = checked_size(view.shape[3], most, view.name.c_str());
   view.expect_shape({images, 3, side, side});
   return side;
 }
 
-char* memory_of(const std::optional<Borrow>& output) {
-  return output ? (*output)->as<char>() : nullptr;
+char* memory_of(const Optional& output) {
+  return output ? output->as<char>() : nullptr;
 }
 
 void run_views(const py::sequence& pictures, const std::vector<int64_t>& geometry, int64_t picture_size,
@@ -111,7 +101,7 @@ void run_views(const py::sequence& pictures, const std::vector<int64_t>& geometr
   const int size = checked_size(picture_size, kMaxPictureSize, "picture_size");
   const int side = checked_size(view_size, size, "view_size");
   check(size % side == 0, "picture_size: expected a multiple of view_size ", side, ", got ", size);
-  const int threads = checked_size(thread_count, 1024, "threads");
+  const int threads = checked_threads(thread_count);
   const Isa isa = checked_isa(isa_name);
 
   const int64_t count = static_cast<int64_t>(py::len(pictures)), views = num_views(size, side);
@@ -119,10 +109,10 @@ void run_views(const py::sequence& pictures, const std::vector<int64_t>& geometr
   check(static_cast<int64_t>(geometry.size()) == checked_mul(count, kNumbers, "pictures"), "geometry: expected ",
         kNumbers, " numbers for each of ", count, " pictures, got ", geometry.size());
 
-  const auto clip = borrow_optional(clip_object, "out"), dinov2 = borrow_optional(dinov2_object, "dinov2");
-  const auto convnext = borrow_optional(convnext_object, "convnext"), canvas = borrow_optional(canvas_object, "canvas");
+  const Optional clip(clip_object, "out"), dinov2(dinov2_object, "dinov2");
+  const Optional convnext(convnext_object, "convnext"), canvas(canvas_object, "canvas");
   check(clip || (canvas && !dinov2 && !convnext), "out: expected a tensor, got None");
-  const TensorView& on = clip ? **clip : **canvas;
+  const TensorView& on = clip ? *clip : *canvas;
   check_backend(on);
   Outputs sizes{nullptr, nullptr, nullptr, size, side, 0, 0, DType::f32};
   if (clip) {
@@ -132,7 +122,7 @@ void run_views(const py::sequence& pictures, const std::vector<int64_t>& geometr
     sizes.convnext_size = checked_output(convnext, on, images, kMaxPictureSize);
   }
   if (canvas) {
-    (*canvas)->expect_dtype({DType::u8}).expect_shape({count, size, size, 3}).expect_contiguous().expect_device_of(on);
+    canvas->expect_dtype({DType::u8}).expect_shape({count, size, size, 3}).expect_contiguous().expect_device_of(on);
   }
 
   // Everything is checked before anything is written.
@@ -148,7 +138,7 @@ void run_views(const py::sequence& pictures, const std::vector<int64_t>& geometr
     borrowed.back()->expect_device_of(on);
     Job job = checked_job(*borrowed.back(), geometry.data() + b * kNumbers, size);
     job.out = sizes;
-    const auto part = [&](const std::optional<Borrow>& output, int64_t bytes) -> void* {
+    const auto part = [&](const Optional& output, int64_t bytes) -> void* {
       return output ? memory_of(output) + b * bytes : nullptr;
     };
     job.out.clip = part(clip, image * side * side);

@@ -5,14 +5,11 @@
 #include <cstring>
 #include <vector>
 
+#include "common/dispatch.h"
 #include "common/parallel.h"
 #include "views/resize.h"
 
 namespace sphinx::views {
-
-inline int dtype_index(DType dtype) {
-  return dtype == DType::f32 ? 0 : dtype == DType::f16 ? 1 : 2;
-}
 
 inline Nearest view_of(const std::vector<int32_t>& index, const std::vector<uint8_t>& masks) {
   return {static_cast<int>(index.size()), index.data(), masks.empty() ? nullptr : masks.data()};
@@ -114,7 +111,7 @@ class Cut {
  public:
   Cut(const Outputs& sizes, const Rows& loops)
       : loops_(loops),
-        emit_(loops.emit[dtype_index(sizes.dtype)]),
+        emit_(loops.emit[float_index(sizes.dtype)]),
         item_(item_size(sizes.dtype)),
         size_(sizes.picture_size),
         side_(sizes.view_size),

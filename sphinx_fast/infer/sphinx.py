@@ -15,6 +15,7 @@ from sphinx_fast.infer.chat import Conversation
 from sphinx_fast.infer.engine import Engine
 from sphinx_fast.infer.picture_cache import DEFAULT_BYTES, PictureCache
 from sphinx_fast.infer.sampling import Sampling
+from sphinx_fast.model import attention
 from sphinx_fast.model.config import SphinxConfig
 from sphinx_fast.model.conversation import conversation_prompt
 from sphinx_fast.model.presets import PRESETS, preset
@@ -121,7 +122,8 @@ class Sphinx:
             variant: see the picture through another preset's views, e.g. "sphinx-2k" for a SPHINX-1k.
             picture_cache: bytes of visual tokens to keep on the device for later questions about a picture (default
                 1 GiB, 72 pictures of SPHINX-1k in bf16; 0: none), or a `PictureCache` that several models share.
-            kwargs: for transformers' `from_pretrained`, e.g. `device_map="auto"`, `attn_implementation=...`.
+            kwargs: for transformers' `from_pretrained`, e.g. `device_map="auto"`, or `attn_implementation="sdpa"` where
+                the language model should not decode through our kernel.
 
         Raises:
             ValueError: the folder is missing, is a released one, or holds another model; an argument is out of range.
@@ -141,6 +143,7 @@ class Sphinx:
         info: dict[str, Any]
         if "device_map" not in kwargs and target.type != "cpu":
             kwargs["device_map"] = target
+        kwargs.setdefault("attn_implementation", {"text_config": attention.NAME})
         try:
             model, info = SphinxForConditionalGeneration.from_pretrained(  # type: ignore[misc]
                 name, config=config, dtype=dtype, output_loading_info=True, **kwargs
