@@ -25,10 +25,10 @@ def compiled(source: str, output: Path, *options: str) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
-def library(source: str, folder: Path) -> Any:
+def library(source: str, folder: Path, *options: str) -> Any:
     """The functions of a source file, for ctypes."""
     made = folder / f"{Path(source).stem}.so"
-    compiled(source, made, "-O2", "-shared", "-fPIC").check_returncode()
+    compiled(source, made, "-O2", "-shared", "-fPIC", *options).check_returncode()
     return ctypes.CDLL(str(made))
 
 

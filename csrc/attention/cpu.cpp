@@ -18,8 +18,8 @@ namespace {
 
 constexpr int64_t kSplit = 512;  // positions one thread walks before another may take over
 constexpr int64_t kAhead = 64;   // positions that are fetched before they are walked
-constexpr int64_t kSoonBytes =
-    256 << 10;  // of suffixes that are fetched during the last split: the cache has other guests
+// Of suffixes, fetched during the last split of a prefix: no more, the second-level cache has other guests.
+constexpr int64_t kSoonBytes = 256 << 10;
 
 // Memory that a thread keeps from call to call: fresh pages would cost as much as a short prefix.
 class Scratch {
@@ -111,8 +111,9 @@ class Step {
     const Unit unit = unit_at(index);
     if (unit.group.splits) walk_prefix(unit, index, space);
     if (arrived_[unit.group.heads + unit.kv_head]++ < unit.group.splits - 1) return;
-    for (int64_t r = unit.group.first; r < unit.group.first + unit.group.rows; ++r)
+    for (int64_t r = unit.group.first; r < unit.group.first + unit.group.rows; ++r) {
       finish(unit.group, r, unit.kv_head, space);
+    }
   }
 
   template <class Byte>
@@ -133,6 +134,7 @@ class Step {
     keys.value_row = cache.value_row;
     keys.count = count;
     keys.per_row = per_row_;
+    keys.factor = args_.scale * kLog2e;
     return keys;
   }
   Keys prefix_of(const Unit& unit) const {

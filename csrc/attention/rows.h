@@ -20,6 +20,7 @@ struct Keys {
   const uint8_t* mask;  // of the first row's first position; NULL: none
   int64_t mask_step;    // to the next row's
   int64_t per_row;      // queries of one row
+  float factor;         // of the queries, for loops whose rotate_query leaves it to their attend
   Region next;          // what will be walked after them, and what else is needed soon, is fetched meanwhile
   const Region* soon;
   int64_t soon_count;
@@ -43,9 +44,12 @@ struct Rows {
 const Rows& rows_plain();
 const Rows& rows_avx2();
 const Rows& rows_avx512();
+const Rows& rows_amx();
 
-#ifdef SPHINX_X86
-constexpr const Rows& (*kRows[])() = {rows_plain, rows_avx2, rows_avx512};  // in the order of Isa
+#ifdef SPHINX_AMX
+constexpr const Rows& (*kRows[])() = {rows_plain, rows_avx2, rows_avx512, rows_amx};  // in the order of Isa
+#elif defined(SPHINX_X86)
+constexpr const Rows& (*kRows[])() = {rows_plain, rows_avx2, rows_avx512};
 #else
 constexpr const Rows& (*kRows[])() = {rows_plain};
 #endif

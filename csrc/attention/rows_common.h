@@ -109,10 +109,9 @@ inline bool any_of(const Keys& keys, int64_t queries, int64_t first, int64_t cou
 }
 
 // What to ask for during the tile at `first`: the next tile, of these keys or of what is walked after them, and a fair
-// part of what is needed soon. It is asked for at every block of words of the panel and every few steps of both
-// products.
-template <class V, class T>
-inline Ahead after(const Keys& keys, int64_t first, int64_t count, int64_t queries, int64_t head_dim) {
+// part of what is needed soon.
+template <class T>
+inline Ahead after(const Keys& keys, int64_t first, int64_t head_dim, int64_t asks) {
   Region next = keys.next;
   if (first + kTile < keys.count) {
     const int64_t bytes = std::min(kTile, keys.count - first - kTile) * head_dim * static_cast<int64_t>(sizeof(T));
@@ -122,10 +121,16 @@ inline Ahead after(const Keys& keys, int64_t first, int64_t count, int64_t queri
   }
   const int64_t tile = first / kTile, all = ceil_div(keys.count, kTile);
   const int64_t begin = keys.soon_count * tile / all, end = keys.soon_count * (tile + 1) / all;
+  return {next, keys.soon + begin, end - begin, asks};
+}
+
+// How often it is asked: at every block of words of the panel and every few steps of both products.
+template <class V, class T>
+inline int64_t asks_of(int64_t count, int64_t queries, int64_t head_dim) {
   const auto tiles = [](int64_t columns) { return ceil_div(columns, V::kWidth * Tile<V>::kVectors); };
   const int64_t fills = ceil_div(count, V::kWidth) * head_dim * sizeof(T) / 16;
   const int64_t deep = tiles(count) * (head_dim / kDeep) + tiles(head_dim) * (count / kDeep);
-  return {next, keys.soon + begin, end - begin, fills + ceil_div(queries, Tile<V>::kRows) * deep};
+  return fills + ceil_div(queries, Tile<V>::kRows) * deep;
 }
 
 template <class V, class T>
@@ -139,7 +144,7 @@ void attend(const float* query, int64_t queries, int64_t head_dim, const Keys& k
   for (int64_t first = 0; first < keys.count; first += kTile) {
     const int64_t count = std::min(kTile, keys.count - first);
     if (!any_of(keys, queries, first, count)) continue;
-    Ahead ahead = after<V, T>(keys, first, count, queries, head_dim);
+    Ahead ahead = after<T>(keys, first, head_dim, asks_of<V, T>(count, queries, head_dim));
     score<V>(query, queries, head_dim, key + first * keys.key_row, keys.key_row, count, panel, scores, ahead);
     soften<V>(scores, queries, first, count, keys, softmax, keep);
     sum_values<V>(scores, queries, head_dim, value + first * keys.value_row, keys.value_row, count, panel, out,
