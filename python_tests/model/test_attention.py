@@ -232,10 +232,13 @@ def test_follow_up_questions(monkeypatch: pytest.MonkeyPatch, lengths: list[int]
         ours = attention._by_flash_attn(query, key, value, prefix, lengths, None)
         assert seen == ["shared", "own"]
     plain, exact = (
-        one_by_one(*(tensor.to(of) for tensor in (query, key, value)), KeyValues(prefix.key.to(of), prefix.value.to(of)),
-                   lengths)
+        one_by_one(
+            *(tensor.to(of) for tensor in (query, key, value)),
+            KeyValues(prefix.key.to(of), prefix.value.to(of)),
+            lengths,
+        )
         for of in (dtype, torch.float64)
-    )  # fmt: skip
+    )
     assert_close(ours, plain, exact)
 
 
