@@ -6,7 +6,6 @@ S positions of a prefix, T positions of a suffix, P pictures, Q questions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,13 @@ from torch import Tensor
 
 from sphinx_fast.ops._extension import CUDA_HINT, extension
 from sphinx_fast.ops._register import refuse_lazy, register
+
+_NOTHING = (None, None, None)
+_NAMES = (
+    "query", "prefix key", "prefix value", "prefix lengths", "suffix key", "suffix value", "suffix lengths", "key",
+    "value", "pictures", "questions", "positions", "rope cos", "rope sin", "mask", "out", "lse", "workspace partial",
+    "workspace arrived",
+)  # fmt: skip
 
 
 class KeyValues(NamedTuple):
@@ -97,19 +103,13 @@ def attention(
         F.scaled_dot_product_attention(query[r, :, None], k, v, scale=scale, enable_gqa=True)[:, 0]
     Sums are kept in float32 and rounded once. Source: docs/attention.md.
     """
-    named = {"query": query, "key": key, "value": value, "pictures": pictures, "questions": questions,
-             "positions": positions, "mask": mask, "out": out, "lse": lse}  # fmt: skip
-    for name, group, fields in (
-        ("prefix", prefix, KeyValues._fields),
-        ("suffix", suffix, KeyValues._fields),
-        ("rope", rope, Rope._fields[:2]),
-        ("workspace", workspace, Workspace._fields),
-    ):
-        if group is not None:
-            named |= _fields_of(name, group, fields)
     if not isinstance(query, Tensor):
         raise TypeError(f"query: expected a tensor, got {type(query).__name__}")
-    for name, tensor in named.items():
+    prefix, suffix = _group("prefix", prefix, KeyValues), _group("suffix", suffix, KeyValues)
+    rope, workspace = _group("rope", rope, Rope), _group("workspace", workspace, Workspace)
+    tensors = (query, *(prefix or _NOTHING), *(suffix or _NOTHING), key, value, pictures, questions, positions,
+               *(rope or _NOTHING)[:2], mask, out, lse, *(workspace or _NOTHING)[:2])  # fmt: skip
+    for name, tensor in zip(_NAMES, tensors, strict=True):
         if tensor is not None:
             _check_tensor(name, tensor, query.device)
     if query.dim() != 3:
@@ -121,15 +121,9 @@ def attention(
     if workspace is None and query.device.type == "cuda":
         workspace = _workspace_for(query, prefix, suffix)
     torch.ops.sphinx_fast.attention(
-        query,
-        *_three(prefix),
-        *_three(suffix),
-        key, value, pictures, questions, positions,
-        *(Rope(*rope) if rope is not None else (None, None, False)),
-        mask,
-        query.shape[-1] ** -0.5 if scale is None else scale,
-        out, lse,
-        *(workspace if workspace is not None else (None, None)),
+        query, *(prefix or _NOTHING), *(suffix or _NOTHING), key, value, pictures, questions, positions,
+        *(rope or (None, None, False)), mask, query.shape[-1] ** -0.5 if scale is None else scale,
+        out, lse, *(workspace or (None, None)),
     )  # fmt: skip
     return out
 
@@ -142,11 +136,14 @@ def _workspace_for(query: Tensor, prefix: KeyValues | None, suffix: KeyValues | 
     return attention_workspace(rows, heads, head_dim, kv_heads, prefix_capacity, suffix_capacity, device=query.device)
 
 
-def _fields_of(name: str, group: tuple[Any, ...], fields: Sequence[str]) -> dict[str, Any]:
-    """The tensors of a named tuple, or of a plain tuple like it, by names for messages."""
-    if not isinstance(group, tuple) or not 2 <= len(group) <= (3 if name != "workspace" else 2):
-        raise TypeError(f"{name}: expected a tuple of {', '.join(fields)}, got {type(group).__name__}")
-    return {f"{name} {field}": item for field, item in zip(fields, group, strict=False)}
+def _group(name: str, group: Any, kind: type[Any]) -> Any:
+    """A plain tuple as the named one it stands for; None stays None."""
+    if group is None or type(group) is kind:
+        return group
+    least, most = len(kind._fields) - len(kind._field_defaults), len(kind._fields)
+    if not isinstance(group, tuple) or not least <= len(group) <= most:
+        raise TypeError(f"{name}: expected a tuple of {', '.join(kind._fields)}, got {type(group).__name__}")
+    return kind(*group)
 
 
 def _check_tensor(name: str, tensor: Any, device: torch.device) -> None:
@@ -157,10 +154,6 @@ def _check_tensor(name: str, tensor: Any, device: torch.device) -> None:
     if tensor.device != device:
         raise ValueError(f"{name}: expected device {device} (that of query), got {tensor.device}")
     refuse_lazy(tensor, name)
-
-
-def _three(cache: KeyValues | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return KeyValues(*cache) if cache is not None else (None, None, None)
 
 
 def attention_workspace(
