@@ -10,7 +10,7 @@ holds them; `resident` uses one layer again and again. Peers get keys that are r
     rows         one call of it for all questions of a picture as rows on its prefix, without suffixes
     flash, cudnn, flex, flash-attn, flashinfer    (GPU) backends of sdpa, compiled flex_attention, the kvcache calls
                  of flash-attn and FlashInfer where they are installed
-`share` is of the rate at which memory is read (two streams), each prefix once and each suffix once.
+The percentage is of the rate at which two buffers are read; to be read are each prefix and each suffix once.
 """
 
 from __future__ import annotations

@@ -87,7 +87,8 @@ def follow_up_attention(
 ) -> Tensor:
     """New tokens of several questions on one picture: each attends to the prefix and to its own tokens before it.
 
-    The prefix is neither copied nor read once per question.
+    The prefix is read once for all questions. flash-attn reads it where it lies; SDPA wants it in front of the new
+    keys, so there it is copied, once and not once per question.
 
     Args:
         query: [N, H, D], rotated, the questions one after another.
