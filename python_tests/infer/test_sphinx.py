@@ -14,7 +14,6 @@ from PIL import Image
 from tiny import GOLDEN, converted
 
 from sphinx_fast import Sphinx
-from sphinx_fast.infer.engine import Engine
 from sphinx_fast.infer.sphinx import default_dtype, with_variant
 from sphinx_fast.model.conversation import conversation_prompt
 
@@ -24,41 +23,6 @@ CAT = GOLDEN / "cat.png"
 @pytest.fixture(scope="module")
 def sphinx() -> Sphinx:
     return Sphinx.from_pretrained(converted("llama_ens"), device="cpu", dtype=torch.float32)
-
-
-class Scripted(Engine):
-    """The real engine, whose next tokens are given instead of computed."""
-
-    def __init__(self, engine: Engine, ids: list[int]) -> None:
-        super().__init__(engine.model, engine.processor)
-        self.ids = ids
-
-    def tokens(self, *_: Any) -> Any:
-        yield from self.ids
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["red\n###", "a\n##b\n### Human: next", "snow 雪 and 👋🏽 done", "\n###", "no stop at all\n#", "é\n###é"],
-)
-def test_stream_pieces_join_to_the_text_before_the_stop(sphinx: Sphinx, text: str) -> None:
-    ids = sphinx.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    engine = Scripted(sphinx.engine, ids)
-    from sphinx_fast.infer import Sampling
-
-    pieces = list(engine.stream("x", None, Sampling()))
-    assert "".join(pieces) == text.split("\n###")[0]
-    shown = ""
-    for piece in pieces:  # nothing shown is ever taken back, and no half character appears
-        shown += piece
-        assert text.startswith(shown) and piece
-
-
-def test_broken_bytes_are_shown_in_the_end(sphinx: Sphinx) -> None:
-    from sphinx_fast.infer import Sampling
-
-    engine = Scripted(sphinx.engine, [3 + 0xE2, 3 + 0x82])
-    assert "".join(engine.stream("x", None, Sampling())) == "\ufffd\ufffd"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -101,10 +65,8 @@ def test_the_context_ends_the_answer_or_refuses_the_prompt(sphinx: Sphinx) -> No
     before = config.max_position_embeddings
     try:
         config.max_position_embeddings = needed + 2
-        ids = sphinx.engine.prompt_ids(conversation_prompt([("Hi", None)]), sphinx.engine.encode(CAT))
-        from sphinx_fast.infer import Sampling
-
-        assert len(list(sphinx.engine.tokens(ids, sphinx.engine.encode(CAT), Sampling(max_new_tokens=50)))) <= 2
+        answer = sphinx.ask(CAT, "Hi", max_new_tokens=50, stop=(), return_logprobs=True)
+        assert len(answer.tokens) <= 2
         config.max_position_embeddings = needed
         with pytest.raises(ValueError, match=f"takes {needed} positions and leaves no room for an answer"):
             sphinx.ask(CAT, "Hi")

@@ -161,28 +161,28 @@ def test_what_the_kernel_does_not_do_is_done_by_torch(steps: list[Tensor], what:
 
 
 # --- follow-up questions ----------------------------------------------------------------------------------------------
-def follow_up(lengths: list[int], dtype: torch.dtype, kv_heads: int = 2) -> tuple[Tensor, Tensor, Tensor, KeyValues]:
+Given = tuple[Tensor, Tensor, Tensor, KeyValues]
+
+
+def follow_up(lengths: list[int], key_lengths: list[int], dtype: torch.dtype, prefix: int = 37) -> Given:
     generator = torch.Generator().manual_seed(5)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    prefix = KeyValues(random(1, kv_heads, 37, 32), random(1, kv_heads, 37, 32))
-    count = sum(lengths)
-    return random(count, 4, 32), random(count, kv_heads, 32), random(count, kv_heads, 32), prefix
+    shared = KeyValues(random(1, 2, prefix, 32), random(1, 2, prefix, 32))
+    return random(4, sum(lengths), 32), random(2, sum(key_lengths), 32), random(2, sum(key_lengths), 32), shared
 
 
-def one_by_one(query: Tensor, key: Tensor, value: Tensor, prefix: KeyValues, lengths: list[int]) -> Tensor:
-    """Each question alone: its keys behind the prefix, causal."""
+def one_by_one(given: Given, lengths: list[int], key_lengths: list[int]) -> Tensor:
+    """Each sequence alone: its keys behind the prefix, causal."""
+    query, key, value, prefix = given
     parts = []
-    for q, k, v in zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True):
-        keys, values = (
-            torch.cat([old[0], new.transpose(0, 1)], 1) for old, new in ((prefix.key, k), (prefix.value, v))
-        )
-        mask = torch.ones(q.shape[0], keys.shape[1], dtype=torch.bool).tril(prefix.key.shape[2])
-        out = F.scaled_dot_product_attention(q.transpose(0, 1), keys, values, mask, enable_gqa=True)
-        parts.append(out.transpose(0, 1))
-    return torch.cat(parts)
+    for q, k, v in zip(query.split(lengths, 1), key.split(key_lengths, 1), value.split(key_lengths, 1), strict=True):
+        keys, values = torch.cat([prefix.key[0], k], 1), torch.cat([prefix.value[0], v], 1)
+        mask = torch.ones(q.shape[1], keys.shape[1], dtype=torch.bool).tril(keys.shape[1] - q.shape[1])
+        parts.append(F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True))
+    return torch.cat(parts, 1)
 
 
 def fake_flash_attn(seen: list[str]) -> Any:
@@ -193,7 +193,8 @@ def fake_flash_attn(seen: list[str]) -> Any:
         k, v = (tensor.repeat_interleave(groups, 1).transpose(0, 1).double() for tensor in (key, value))
         scores = query.transpose(0, 1).double() @ k.transpose(1, 2) * (scale or query.shape[-1] ** -0.5)
         if causal:
-            scores = scores.masked_fill(~torch.ones(scores.shape[1:], dtype=torch.bool).tril(), -torch.inf)
+            seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
+            scores = scores.masked_fill(~seen, -torch.inf)
         return (scores.softmax(-1) @ v).transpose(0, 1).to(query.dtype), scores.logsumexp(-1).float()
 
     def flash_attn_func(
@@ -209,11 +210,11 @@ def fake_flash_attn(seen: list[str]) -> Any:
         softmax_scale: float | None, causal: bool, return_attn_probs: bool,
     ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
         seen.append("own")
-        assert causal and return_attn_probs and ends_q.dtype == torch.int32 and torch.equal(ends_q, ends_k)
-        lengths = ends_q.diff().tolist()
-        assert longest_q == longest_k == max(lengths)
+        assert causal and return_attn_probs and ends_q.dtype == ends_k.dtype == torch.int32
+        lengths, key_lengths = ends_q.diff().tolist(), ends_k.diff().tolist()
+        assert (longest_q, longest_k) == (max(lengths), max(key_lengths))
         parts = [attend(*one, softmax_scale, True) for one in
-                 zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)]  # fmt: skip
+                 zip(query.split(lengths), key.split(key_lengths), value.split(key_lengths), strict=True)]  # fmt: skip
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1), None
 
     return types.SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
@@ -221,21 +222,30 @@ def fake_flash_attn(seen: list[str]) -> Any:
 
 @pytest.mark.parametrize("way", ["sdpa", "flash-attn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("lengths", [[1], [7], [3, 1, 9], [5, 0, 2]], ids=str)
-def test_follow_up_questions(monkeypatch: pytest.MonkeyPatch, lengths: list[int], dtype: torch.dtype, way: str) -> None:
-    query, key, value, prefix = follow_up(lengths, dtype)
+@pytest.mark.parametrize("prefix", [37, 0])
+@pytest.mark.parametrize(
+    ("lengths", "held"),
+    [([1], [0]), ([7], [0]), ([3, 1, 9], [0, 0, 0]), ([5, 0, 2], [0, 0, 0]), ([3, 1, 9], [4, 70, 0]), ([2], [11])],
+    ids=str,
+)
+def test_follow_up_questions(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], held: list[int], prefix: int, dtype: torch.dtype, way: str
+) -> None:
+    key_lengths = [new + old for new, old in zip(lengths, held, strict=True)]
+    given = follow_up(lengths, key_lengths, dtype, prefix)
     seen: list[str] = []
+    follow = attention.FollowUp(lengths, key_lengths)
     if way == "sdpa":
-        ours = attention.follow_up_attention(query, key, value, prefix, lengths)
+        ours = follow(*given)
     else:
         monkeypatch.setattr(attention, "flash_attn", fake_flash_attn(seen))
-        ours = attention._by_flash_attn(query, key, value, prefix, lengths, None)
-        assert seen == ["shared", "own"]
+        ours = follow._by_flash_attn(*given, None)
+        assert sorted(seen) == (["own", "shared"] if prefix else ["own"])
     plain, exact = (
         one_by_one(
-            *(tensor.to(of) for tensor in (query, key, value)),
-            KeyValues(prefix.key.to(of), prefix.value.to(of)),
+            (*(tensor.to(of) for tensor in given[:3]), KeyValues(given[3].key.to(of), given[3].value.to(of))),  # type: ignore[arg-type]
             lengths,
+            key_lengths,
         )
         for of in (dtype, torch.float64)
     )
@@ -243,17 +253,17 @@ def test_follow_up_questions(monkeypatch: pytest.MonkeyPatch, lengths: list[int]
 
 
 def test_a_question_does_not_see_another() -> None:
-    query, key, value, prefix = follow_up([4, 5], torch.float32)
-    both = attention.follow_up_attention(query, key, value, prefix, [4, 5])
-    key[:4], value[:4] = 100.0, -100.0
-    assert torch.equal(attention.follow_up_attention(query, key, value, prefix, [4, 5])[4:], both[4:])
+    query, key, value, prefix = follow_up([4, 5], [4, 5], torch.float32)
+    both = attention.FollowUp([4, 5])(query, key, value, prefix)
+    key[:, :4], value[:, :4] = 100.0, -100.0
+    assert torch.equal(attention.FollowUp([4, 5])(query, key, value, prefix)[:, 4:], both[:, 4:])
 
 
 def test_bad_follow_ups_are_refused() -> None:
-    query, key, value, prefix = follow_up([4, 5], torch.float32)
-    for lengths in ([4], [4, 6], [10, -1]):
+    query, key, value, prefix = follow_up([4, 5], [4, 5], torch.float32)
+    for lengths, key_lengths in (([4], None), ([4, 6], None), ([10, -1], None), ([4, 5], [4]), ([4, 5], [4, 6])):
         with pytest.raises(ValueError, match="lengths"):
-            attention.follow_up_attention(query, key, value, prefix, lengths)
+            attention.FollowUp(lengths, key_lengths)(query, key, value, prefix)
     two = KeyValues(prefix.key.expand(2, -1, -1, -1), prefix.value.expand(2, -1, -1, -1))
     with pytest.raises(ValueError, match="prefix"):
-        attention.follow_up_attention(query, key, value, two, [4, 5])
+        attention.FollowUp([4, 5])(query, key, value, two)

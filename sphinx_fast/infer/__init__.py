@@ -1,8 +1,10 @@
-"""Logits -> text: `Sphinx` (ask, stream, chat) over one engine."""
+"""Logits -> text: `Sphinx` (ask, ask_many, ask_batch, stream, chat) over one engine."""
 
+from sphinx_fast.infer.batch import Batch
 from sphinx_fast.infer.chat import Conversation
 from sphinx_fast.infer.picture_cache import PictureCache
+from sphinx_fast.infer.request import Answer
 from sphinx_fast.infer.sampling import Sampling
 from sphinx_fast.infer.sphinx import EMBEDDED_MODEL, Sphinx
 
-__all__ = ["EMBEDDED_MODEL", "Conversation", "PictureCache", "Sampling", "Sphinx"]
+__all__ = ["EMBEDDED_MODEL", "Answer", "Batch", "Conversation", "PictureCache", "Sampling", "Sphinx"]

@@ -1,126 +1,180 @@
-"""The engine: a picture is encoded once, a prompt prefilled once, then one token after another."""
+"""The engine: pictures and prompts become requests, which one scheduler runs together on one model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from sphinx_fast.infer.picture_cache import DEFAULT_BYTES, ModelIdentity, PictureCache, PictureEntry, PictureKey
+from sphinx_fast.infer.request import Picture, Request
+from sphinx_fast.infer.runner import Runner
 from sphinx_fast.infer.sampling import Sampling
-from sphinx_fast.model.conversation import cut_at_stop, held_back
+from sphinx_fast.infer.scheduler import Scheduler
+from sphinx_fast.model.conversation import conversation_prompt
 from sphinx_fast.model.processor import SphinxProcessor
 from sphinx_fast.model.sphinx import SphinxForConditionalGeneration
+from sphinx_fast.vision.graphs import turns_of
 
-_REPLACEMENT = "\ufffd"
+MAX_ROWS = 32  # requests at once: where one more row costs a step more than it saves, by bench/bench_generate.py
+MAX_PROMPT_TOKENS = 8192  # in one pass: activations of a 13B over them take about 1 GiB
+_ENCODED_AT_ONCE = 8  # pictures
 
 
 class Engine:
-    """A model and its processor, ready to answer.
+    """A model and its processor, ready to answer. Safe to use from many threads.
 
     Args:
-        picture_cache: bytes of visual tokens to keep (0: none), or a cache to share.
+        picture_cache: bytes to keep of pictures (0: none), or a cache to share; None: `default_cache_bytes`.
+        max_rows: requests that run at once.
     """
 
     def __init__(
         self,
         model: SphinxForConditionalGeneration,
         processor: SphinxProcessor,
-        picture_cache: PictureCache | int = DEFAULT_BYTES,
+        picture_cache: PictureCache | int | None = None,
+        max_rows: int = MAX_ROWS,
     ) -> None:
-        self.model = model.eval()
         self.processor = processor
-        self.picture_cache = PictureCache.of(picture_cache)
+        self.picture_cache = PictureCache.of(default_cache_bytes(model) if picture_cache is None else picture_cache)
         self._identity = ModelIdentity()
         eos = model.generation_config.eos_token_id
-        self.eos_ids = {eos} if isinstance(eos, int) else set(eos or ())
+        eos_ids = {eos} if isinstance(eos, int) else set(eos or ())
+        device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        self.runner = Runner(model.eval(), device, self._head(), eos_ids, self._encode, self.picture_cache, max_rows)
+        self.scheduler = Scheduler(self.runner, max_rows, MAX_PROMPT_TOKENS)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy begins with nothing running and nothing kept."""
+        return type(self), (self.model, self.processor, self.picture_cache, self.scheduler.max_rows)
+
+    @property
+    def model(self) -> SphinxForConditionalGeneration:
+        """The model inside."""
+        return self.runner.model
 
     @property
     def device(self) -> torch.device:
         """Where inputs go; with offloaded weights (device meta) the first place that holds any."""
-        return next((p.device for p in self.model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        return self.runner.device
 
     @property
     def context(self) -> int:
-        """Positions the language model was made for, visual ones included."""
-        return self.model.config.text_config.max_position_embeddings
+        """Positions the language model can attend to, visual ones included."""
+        config = self.model.config.text_config
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        return min(config.max_position_embeddings, window or config.max_position_embeddings)
+
+    def _head(self) -> list[int]:
+        """Ids that every conversation begins with, behind the picture."""
+        ids = [self.processor.prompt_ids(conversation_prompt([(word, None)])) for word in ("a", "1")]
+        bos = len(self.processor.prompt_ids(""))
+        return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*ids, strict=False))][bos:]
+
+    # --- pictures -----------------------------------------------------------------------------------------------------
+    def see(self, image: Any) -> Picture | None:
+        """Reads a picture. None stays None.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        if image is None:
+            return None
+        image_processor = self.processor.image_processor
+        pixels, mode = image_processor.load(image), image_processor.mode
+        model = None if mode is None else self._identity.current(*self._encoders)
+        if model is None:  # views are random, or the encoders train
+            tokens = self._visual_tokens([pixels])[0]
+            return Picture(pixels, tokens.shape[0], object(), kept=False, visual_tokens=tokens)
+        views = len(image_processor.views_shown(image_processor.geometries([pixels])[0]))
+        return Picture(pixels, views, PictureKey.of(pixels, mode, model), kept=bool(self.picture_cache.max_bytes))
+
+    def encode(self, image: Any) -> Tensor | None:
+        """A picture -> its visual tokens [V, tokens_per_view, D], shared and not to be written to; None stays None."""
+        picture = self.see(image)
+        if picture is None:
+            return None
+        self._encode([picture])
+        return picture.visual_tokens
+
+    @torch.inference_mode()
+    def _visual_tokens(self, pixels: Sequence[Any]) -> Sequence[Tensor]:
+        """What the encoders make of some pictures, each [V, tokens_per_view, D]."""
+        views, counts = self.processor.image_processor.cut(pixels)
+        return self.model.model.visual_tokens(views.to(self.device)).split(counts)
+
+    def _encode(self, pictures: Sequence[Picture]) -> None:
+        """Gives pictures their visual tokens: those of the cache, or what the encoders make of all others together."""
+        new: dict[Any, Picture] = {}
+        for picture in pictures:
+            if picture.visual_tokens is None and picture.key not in new:
+                found = self.picture_cache.get(picture.key) if picture.kept else None
+                if isinstance(found, PictureEntry):
+                    picture.visual_tokens = found.visual_tokens
+                else:
+                    new[picture.key] = picture
+        unseen = list(new.values())
+        for turn in turns_of(len(unseen), 1, _ENCODED_AT_ONCE):
+            tokens = self._visual_tokens([picture.pixels for picture in unseen[turn]])
+            for picture, own in zip(unseen[turn], tokens, strict=True):
+                self._keep(picture, own)
+        for picture in pictures:
+            if picture.visual_tokens is None:
+                picture.visual_tokens = new[picture.key].visual_tokens
+
+    def _keep(self, picture: Picture, tokens: Tensor) -> None:
+        entry = PictureEntry(tokens)
+        picture.visual_tokens, picture.pixels = entry.visual_tokens, None
+        if picture.kept and isinstance(picture.key, PictureKey):
+            self._identity.after(picture.key.model, *self._encoders)
+            self.picture_cache.put(picture.key, entry)
 
     @property
     def _encoders(self) -> tuple[nn.Module, nn.Module]:
         """All that visual tokens depend on."""
         return self.model.model.vision_tower, self.model.model.fusion
 
-    @torch.inference_mode()
-    def encode(self, image: Any) -> Tensor | None:
-        """A picture -> its visual tokens [V, tokens_per_view, D], shared and not to be written to; None stays None."""
-        if image is None:
-            return None
-        image_processor = self.processor.image_processor
-        picture = image_processor.load(image)
-        key = self.picture_key(picture)
-        if key is not None and (found := self.picture_cache.get(key)) is not None:
-            return found.visual_tokens
-        visual_tokens = self.model.model.visual_tokens(image_processor.cut([picture])[0].to(self.device))
-        if key is not None:
-            self._identity.after(key.model, *self._encoders)
-            entry = PictureEntry(visual_tokens)
-            self.picture_cache.put(key, entry)
-            visual_tokens = entry.visual_tokens
-        return visual_tokens
+    # --- requests -----------------------------------------------------------------------------------------------------
+    def request(
+        self,
+        prompt: str,
+        picture: Picture | None,
+        sampling: Sampling,
+        earlier: Request | None = None,
+        wants_logprobs: bool = False,
+    ) -> Request:
+        """A prompt as a request. `earlier` is one whose prompt and answer this one may go on from.
 
-    def picture_key(self, picture: np.ndarray | Tensor) -> PictureKey | None:
-        """Where a loaded picture's tokens are kept; None: the cache is off, views are random, or the model trains."""
-        mode = self.processor.image_processor.mode
-        if mode is None or not self.picture_cache.max_bytes:
-            return None
-        model = self._identity.current(*self._encoders)
-        return None if model is None else PictureKey.of(picture, mode, model)
-
-    def prompt_ids(self, prompt: str, visual_tokens: Tensor | None) -> Tensor:
-        """A prompt -> ids [1, T], placeholders after BOS. Raises ValueError when no room is left for an answer."""
-        ids = self.processor.prompt_ids(prompt, views=[] if visual_tokens is None else [visual_tokens.shape[0]])
-        if len(ids) >= self.context:
+        Raises:
+            ValueError: the prompt leaves no room for an answer.
+        """
+        ids = self.processor.prompt_ids(prompt, views=[] if picture is None else [picture.views])
+        room = self.context - len(ids)
+        if room <= 0:
             raise ValueError(
                 f"the prompt takes {len(ids)} positions and leaves no room for an answer: "
                 f"the context has {self.context}"
             )
-        return torch.tensor([ids], device=self.device)
+        place = None if earlier is None else earlier.suffix
+        return Request(ids, picture, sampling, self.processor.tokenizer, room, place, wants_logprobs)
 
-    def tokens(self, input_ids: Tensor, visual_tokens: Tensor | None, sampling: Sampling) -> Iterator[int]:
-        """Token after token of the answer, EOS excluded, until EOS, `max_new_tokens` or the end of the context."""
-        cache = DynamicCache(config=self.model.config.text_config)
-        source = sampling.generator(self.device)
-        inputs: dict[str, Any] = {"input_ids": input_ids, "visual_tokens": visual_tokens}
-        for _ in range(min(sampling.max_new_tokens, self.context - input_ids.shape[1])):
-            with torch.inference_mode():
-                logits = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-                chosen = sampling.choose(logits, source)
-            token = int(chosen)
-            if token in self.eos_ids:
-                return
-            yield token
-            inputs = {"input_ids": chosen.unsqueeze(0)}
+    def serve(self, requests: Iterable[Request], pieces: bool = False) -> Iterator[Request]:
+        """Requests -> each as it is done; with `pieces` also whenever it has one. See `Scheduler.serve`."""
+        return self.scheduler.serve(requests, pieces)
 
-    def stream(self, prompt: str, visual_tokens: Tensor | None, sampling: Sampling) -> Iterator[str]:
-        """The answer piece by piece. What may still become a stop text, or half a character, is held back."""
-        tokenizer = self.processor.tokenizer
-        ids: list[int] = []
-        shown = 0
-        text = ""
-        for token in self.tokens(self.prompt_ids(prompt, visual_tokens), visual_tokens, sampling):
-            ids.append(token)
-            text, stopped = cut_at_stop(tokenizer.decode(ids, skip_special_tokens=True), sampling.stop)
-            if stopped:
-                break
-            # The last three bytes may be the start of a character whose end is still to come.
-            broken = min(len(text) - len(text.rstrip(_REPLACEMENT)), 3)
-            ready = len(text) - max(broken, held_back(text, sampling.stop))
-            if ready > shown:
-                yield text[shown:ready]
-                shown = ready
-        if len(text) > shown:
-            yield text[shown:]
+    def cancel(self, request: Request) -> None:
+        """Give up a request; what it has said so far is its answer."""
+        self.scheduler.cancel(request)
+
+
+def default_cache_bytes(model: SphinxForConditionalGeneration) -> int:
+    """1 GiB, or four pictures if that is more: visual tokens, and keys and values of every layer over them."""
+    text, vision = model.config.text_config, model.config.vision_config
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    values = text.hidden_size + 2 * text.num_hidden_layers * heads * head_dim
+    return max(DEFAULT_BYTES, 4 * vision.tokens_per_picture * values * model.dtype.itemsize)

@@ -1,4 +1,5 @@
-"""What a picture costs once: its visual tokens, kept while they fit, for every later question about the same pixels.
+"""What a picture costs once, kept while it fits, for every later question about the same pixels: its visual tokens, and
+the language model's keys and values over them (a `Slot` of model/cache.py).
 
 A key is the content, the size, how the picture is cut, and the model. Content means decoded pixels: a path, the bytes
 of a file, a PIL picture and an array of one picture meet, and a file that was overwritten does not. The price of a hit
@@ -20,15 +21,15 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cache
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# A picture of sphinx-1k has 1,455 x 5,120 tokens in bf16, 14.9 MB: 1 GiB holds 72 of them, 36 of sphinx-2k, and is 3 %
-# of what the weights take. It fills only as pictures come.
+# A picture of sphinx-1k has 1,455 x 5,120 visual tokens in bf16, 14.9 MB, and a prefix of 1.2 GB in a 13B, of 33 MB in
+# sphinx-tiny. What is kept fills only as pictures come.
 DEFAULT_BYTES = 2**30
 
 
@@ -61,35 +62,35 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor
 
 
+class Entry(Protocol):
+    """What a cache keeps."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes."""
+
+    @property
+    def intact(self) -> bool:
+        """Whether it is still what it was when it was kept."""
+
+
 @dataclass(frozen=True, eq=False)
 class PictureEntry:
-    """What is kept of a picture; `nbytes` is the memory it holds.
-
-    Args:
-        visual_tokens: [V, tokens_per_view, D].
-        prefix: room for keys and values over the visual prefix. They depend on the language model as well: whoever
-            fills it lets `ModelIdentity` see those weights too.
-    """
+    """Visual tokens of a picture, [V, tokens_per_view, D]; `nbytes` is the memory they hold."""
 
     visual_tokens: Tensor
-    prefix: tuple[Tensor, ...] = ()
     nbytes: int = field(init=False)
-    versions: tuple[int, ...] = field(init=False)
+    version: int = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "visual_tokens", _own(self.visual_tokens))
-        object.__setattr__(self, "prefix", tuple(map(_own, self.prefix)))
-        object.__setattr__(self, "nbytes", sum(tensor.untyped_storage().nbytes() for tensor in self._tensors))
-        object.__setattr__(self, "versions", tuple(tensor._version for tensor in self._tensors))
-
-    @property
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return self.visual_tokens, *self.prefix
+        object.__setattr__(self, "nbytes", self.visual_tokens.untyped_storage().nbytes())
+        object.__setattr__(self, "version", self.visual_tokens._version)
 
     @property
     def intact(self) -> bool:
         """Nobody wrote to it (through `.data` or numpy it could not be seen)."""
-        return self.versions == tuple(tensor._version for tensor in self._tensors)
+        return self.version == self.visual_tokens._version
 
 
 class PictureCacheStats(NamedTuple):
@@ -116,7 +117,7 @@ class PictureCache:
             raise ValueError(f"picture_cache: expected a number of bytes, 0 or more, got {max_bytes!r}")
         self.max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._entries: OrderedDict[PictureKey, PictureEntry] = OrderedDict()  # the next to go first
+        self._entries: OrderedDict[Hashable, tuple[Entry, int]] = OrderedDict()  # the next to go first
         self._bytes = self._hits = self._misses = self._evictions = 0
 
     @classmethod
@@ -130,33 +131,33 @@ class PictureCache:
 
     # Between a miss and its put no lock is held: threads that meet at a new picture all compute it, the last one's
     # entry stays, and each goes on with tokens of its own. Waiting for one another would cost more than it saves.
-    def get(self, key: PictureKey) -> PictureEntry | None:
-        """The entry, from now on the most recently used, or None."""
+    def get(self, key: Hashable, missed: bool = True) -> Entry | None:
+        """The entry, from now on the most recently used, or None. With `missed` that counts as a miss."""
         with self._lock:
-            entry = self._entries.get(key)
+            entry, nbytes = self._entries.get(key, (None, 0))
             if entry is not None and entry.intact:
                 self._hits += 1
                 self._entries.move_to_end(key)
                 return entry
             if entry is not None:
-                self._bytes -= self._entries.pop(key).nbytes
-            self._misses += 1
+                self._bytes -= nbytes
+                del self._entries[key]
+            self._misses += missed
             return None
 
-    def put(self, key: PictureKey, entry: PictureEntry) -> None:
+    def put(self, key: Hashable, entry: Entry) -> None:
         """Keep an entry in place of one with the same key. One larger than the whole cache changes nothing."""
-        if entry.nbytes > self.max_bytes:
+        nbytes = entry.nbytes  # now: a pool may grow, and its slots with it
+        if nbytes > self.max_bytes:
             return
         with self._lock:
-            replaced = self._entries.pop(key, None)
-            if replaced is not None:
-                self._bytes -= replaced.nbytes
-            while self._bytes + entry.nbytes > self.max_bytes:
-                _, oldest = self._entries.popitem(last=False)
-                self._bytes -= oldest.nbytes
+            self._bytes -= self._entries.pop(key, (None, 0))[1]
+            while self._bytes + nbytes > self.max_bytes:
+                _, (_, oldest) = self._entries.popitem(last=False)
+                self._bytes -= oldest
                 self._evictions += 1
-            self._entries[key] = entry
-            self._bytes += entry.nbytes
+            self._entries[key] = (entry, nbytes)
+            self._bytes += nbytes
 
     def clear(self) -> None:
         """Let go of every entry. The counts go on."""
