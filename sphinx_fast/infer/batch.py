@@ -57,6 +57,14 @@ class Batch:
         if self._stream is not None:
             self._stream.close()
 
+    def texts(self) -> Iterator[str]:
+        """The pieces alone. Closing this iterator gives up all that are not answered yet."""
+        try:
+            for _, piece in self:
+                yield piece
+        finally:
+            self.close()
+
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return self
 
@@ -68,7 +76,9 @@ class Batch:
 
     def _pieces(self) -> Generator[tuple[int, str]]:
         for request in self._engine.serve(self._requests(), pieces=True):
-            index = self._open[request]
+            index = self._open.get(request, -1)
+            if index < 0:  # it ended between two looks at it, and that was noticed then
+                continue
             if piece := request.take():
                 yield index, piece
             if request.done:

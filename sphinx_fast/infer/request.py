@@ -174,6 +174,11 @@ class Request:
         return self.suffix
 
     @property
+    def computed(self) -> int:
+        """Positions of its own place that are computed when its last token is not: what the next step starts from."""
+        return len(self.ids) - self.shared + len(self.tokens) - 1
+
+    @property
     def known(self) -> int:
         """Positions of the prompt whose keys and values are there already."""
         return sum(slot.length for slot in (self.prefix, self.suffix) if slot is not None)

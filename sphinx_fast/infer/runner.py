@@ -166,7 +166,7 @@ class Runner:
     @torch.inference_mode()
     def decode(self, requests: Sequence[Request]) -> None:
         """The next token of each request: one pass with a row for each."""
-        self.suffixes.reserve(max(request.place.length for request in requests) + 1)
+        self.suffixes.reserve(max(request.computed for request in requests) + 1)
         rows = sorted(requests, key=lambda request: request.prefix.index if request.prefix else -1)
         if rows != self._rows or self._step is None:
             self._step = self._arranged(rows)
@@ -175,8 +175,6 @@ class Runner:
         hidden = self._step.run(self.language_model, self.model.get_input_embeddings()(tokens))
         logits = self.model.lm_head(hidden)
         self._step.grow()
-        for request in rows:
-            request.place.length += 1
         self._choose(rows, logits)
         self._rows = rows
 
@@ -187,7 +185,7 @@ class Runner:
             )
 
         for request in rows:
-            self.suffixes.set_length(request.place, request.place.length)
+            self.suffixes.set_length(request.place, request.computed)
         return Decode(
             self.prefixes, self.suffixes, indices([r.prefix for r in rows]), indices([r.suffix for r in rows])
         )
@@ -200,3 +198,4 @@ class Runner:
             logprobs = logits.float().log_softmax(-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1).tolist()
         for request, token, logprob in zip(requests, chosen.tolist(), logprobs, strict=True):
             request.add(token, logprob, ends=token in self.eos_ids)
+            request.place.length = request.computed

@@ -58,9 +58,10 @@ class Scheduler:
                 if not own:
                     return
                 self._drive(ready)
-                news = ready()
-                own[:] = [request for request in own if not request.done]
-                yield from news
+                for request in ready():
+                    if request.done:
+                        own.remove(request)
+                    yield request
         finally:
             for request in own:
                 self.cancel(request)
@@ -123,8 +124,11 @@ class Scheduler:
         except BaseException:
             if work == self.model.prefill:
                 for request in reversed(requests):
-                    request.release()
-                    self.waiting.appendleft(request)
+                    if request.tokens or request.done:  # it has what the pass was for
+                        self.running.append(request)
+                    else:
+                        request.release()
+                        self.waiting.appendleft(request)
             raise
 
     def _leave(self) -> None:

@@ -227,8 +227,7 @@ class Sphinx:
 
     def stream(self, image: Any, question: str, **sampling: Any) -> Iterator[str]:
         """The answer of `ask` in pieces as it is made; they join to it. Closing the iterator ends it."""
-        batch = self._batch([(image, question)], sampling, False, None)
-        return (piece for _, piece in batch)
+        return self._batch([(image, question)], sampling, False, None).texts()
 
     def stream_many(self, image: Any, questions: Sequence[str], **sampling: Any) -> Batch:
         """The answers of `ask_many` as they are made: iterate over (index of the question, piece).
