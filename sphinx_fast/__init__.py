@@ -4,6 +4,7 @@ Importing the package registers the model, its configuration, its image processo
 transformers' Auto classes, so that ``AutoModelForImageTextToText.from_pretrained(folder)`` works as for any model.
 """
 
+from sphinx_fast import _quiet  # noqa: F401 - before transformers is imported
 from sphinx_fast.infer import EMBEDDED_MODEL, Sphinx
 from sphinx_fast.model import (
     SphinxConfig,

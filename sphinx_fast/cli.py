@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     loading.add_argument("--variant", help="see the picture through another preset's views, e.g. sphinx-2k")
     loading.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     loading.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored where that is fast)")
+    loading.add_argument("--quantize", metavar="METHOD", help="the language model's weights: int8, int4 or nf4 (GPU)")
     loading.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
     loading.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most probable answer")
     loading.add_argument("--top-p", type=float, default=0.95)
@@ -55,7 +58,24 @@ def build_parser() -> argparse.ArgumentParser:
 def _load(args: argparse.Namespace) -> Sphinx:
     from sphinx_fast.infer import Sphinx
 
-    return Sphinx.from_pretrained(args.model, device=args.device, dtype=args.dtype, variant=args.variant)
+    with _notes_on_stderr():
+        return Sphinx.from_pretrained(
+            args.model, device=args.device, dtype=args.dtype, variant=args.variant, quantize=args.quantize
+        )
+
+
+@contextmanager
+def _notes_on_stderr() -> Iterator[None]:
+    """Show what loading has to say: the memory needed, then what was quantised. stdout is for answers."""
+    handler, logger = logging.StreamHandler(sys.stderr), logging.getLogger("sphinx_fast")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -115,7 +135,7 @@ def run_chat(args: argparse.Namespace) -> int:
 
 def run_convert(args: argparse.Namespace) -> int:
     """`sphinx-fast convert`."""
-    from sphinx_fast.infer.sphinx import parse_dtype
+    from sphinx_fast.infer.loading import parse_dtype
     from sphinx_fast.weights.accessory import convert
 
     dtype = parse_dtype(args.dtype) if args.dtype else None

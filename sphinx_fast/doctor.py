@@ -12,6 +12,7 @@ OPTIONAL = {
     "peft": "LoRA fine-tuning",
     "accelerate": "device_map and multi-GPU training",
     "flash_attn": "flash attention on NVIDIA GPUs",
+    "torchao": "int8 and int4 quantisation",
     "bitsandbytes": "NF4 quantisation",
     "torchvision": "the torchvision image backend of other models",
 }

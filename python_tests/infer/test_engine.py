@@ -22,7 +22,7 @@ from sphinx_fast.infer import Answer
 from sphinx_fast.model.conversation import conversation_prompt
 
 CAT, COFFEE = GOLDEN / "cat.png", GOLDEN / "coffee_portrait.png"
-WORDS = "what where is are the a cat red blue left of how many on table, and? describe: please in this picture".split()
+WORDS = ["what", "where", "is", "are", "the", "a", "cat", "red", "blue", "left of", "how many", "and?", "this"]
 LONG: dict[str, Any] = {"max_new_tokens": 10, "stop": ()}
 
 

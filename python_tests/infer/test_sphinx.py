@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import GOLDEN, converted
 
 from sphinx_fast import Sphinx
-from sphinx_fast.infer.sphinx import default_dtype, with_variant
+from sphinx_fast.infer.loading import default_dtype, with_variant
 from sphinx_fast.model.conversation import conversation_prompt
 
 CAT = GOLDEN / "cat.png"

@@ -18,6 +18,7 @@ from sphinx_fast.model.conversation import conversation_prompt
 from sphinx_fast.model.processor import SphinxProcessor
 from sphinx_fast.model.sphinx import SphinxForConditionalGeneration
 from sphinx_fast.vision.graphs import turns_of
+from sphinx_fast.weights.memory import picture_need
 
 MAX_ROWS = 32  # requests at once: where one more row costs a step more than it saves, by bench/bench_generate.py
 MAX_PROMPT_TOKENS = 8192  # in one pass: activations of a 13B over them take about 1 GiB
@@ -173,8 +174,4 @@ class Engine:
 
 def default_cache_bytes(model: SphinxForConditionalGeneration) -> int:
     """1 GiB, or four pictures if that is more: visual tokens, and keys and values of every layer over them."""
-    text, vision = model.config.text_config, model.config.vision_config
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    values = text.hidden_size + 2 * text.num_hidden_layers * heads * head_dim
-    return max(DEFAULT_BYTES, 4 * vision.tokens_per_picture * values * model.dtype.itemsize)
+    return max(DEFAULT_BYTES, 4 * sum(picture_need(model.config, model.dtype)))
