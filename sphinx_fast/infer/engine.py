@@ -17,7 +17,7 @@ from sphinx_fast.infer.scheduler import Scheduler
 from sphinx_fast.model.conversation import conversation_prompt
 from sphinx_fast.model.processor import SphinxProcessor
 from sphinx_fast.model.sphinx import SphinxForConditionalGeneration
-from sphinx_fast.vision.graphs import turns_of
+from sphinx_fast.vision.graphs import CudaRecorder, turns_of
 from sphinx_fast.weights.memory import picture_need
 
 MAX_ROWS = 32  # requests at once: where one more row costs a step more than it saves, by bench/bench_generate.py
@@ -138,6 +138,16 @@ class Engine:
     def _encoders(self) -> tuple[nn.Module, nn.Module]:
         """All that visual tokens depend on."""
         return self.model.model.vision_tower, self.model.model.fusion
+
+    def use_graphs(self, use: bool = True) -> Engine:
+        """On a GPU that holds the whole language model, replay decoding steps as CUDA graphs, or no longer.
+
+        Recorded by bucket of rows when first needed. Elsewhere nothing changes.
+        """
+        model = self.runner.model
+        whole = all(parameter.device == self.device for parameter in model.parameters())
+        self.runner.steps.record(CudaRecorder if use and whole and self.device.type == "cuda" else None)
+        return self
 
     # --- requests -----------------------------------------------------------------------------------------------------
     def request(

@@ -116,6 +116,7 @@ class Request:
 
     Attributes:
         prefix, suffix: its places while it runs; `shared` ids of the prompt are the prefix.
+        new_tokens: of prefix and suffix, that have to be computed for it.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class Request:
         self.prefix: Slot | None = None
         self.suffix: Slot | None = None
         self.shared = 0
+        self.new_tokens = len(ids)
         self._text = Text(decoder, sampling.stop)
         self._random = random.Random(sampling.seed)  # None: from the system's entropy
 
@@ -177,11 +179,6 @@ class Request:
     def computed(self) -> int:
         """Positions of its own place that are computed when its last token is not: what the next step starts from."""
         return len(self.ids) - self.shared + len(self.tokens) - 1
-
-    @property
-    def known(self) -> int:
-        """Positions of the prompt whose keys and values are there already."""
-        return sum(slot.length for slot in (self.prefix, self.suffix) if slot is not None)
 
     def release(self) -> None:
         """Lets others have the places it computed in, unless someone keeps them."""

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from sphinx_fast.infer.picture_cache import ModelIdentity, PictureCache
 from sphinx_fast.infer.request import Picture, Request
 from sphinx_fast.infer.sampling import choose
+from sphinx_fast.infer.step import Step, Steps
 from sphinx_fast.model.cache import Pool, Slot
-from sphinx_fast.model.packed import Decode, Piece, Prefill
+from sphinx_fast.model.packed import Piece, Prefill
 from sphinx_fast.model.sphinx import SphinxForConditionalGeneration
 
 _FIRST_SUFFIX = 128  # positions; more when a question or an answer is longer
@@ -53,8 +54,9 @@ class Runner:
         self.suffixes = Pool(2 * max_rows, _FIRST_SUFFIX, device)
         self._known: WeakValueDictionary[Hashable, Slot] = WeakValueDictionary()
         self._identity = ModelIdentity()
+        self.steps = Steps(model, self.prefixes, self.suffixes)
         self._rows: list[Request] = []  # of the last step, as `_step` has them
-        self._step: Decode | None = None
+        self._step: Step | None = None
 
     # --- places -------------------------------------------------------------------------------------------------------
     def admit(self, request: Request) -> bool:
@@ -74,6 +76,8 @@ class Runner:
                 return False
             suffix.key, suffix.length = behind, 0
         request.prefix, request.suffix = prefix, suffix
+        unread = request.shared if prefix is not None and not prefix.length and prefix.holders == 1 else 0
+        request.new_tokens = unread + len(request.ids) - request.shared - suffix.length
         return True
 
     def _shared(self, request: Request) -> tuple[int, Hashable]:
@@ -106,7 +110,7 @@ class Runner:
     def _continued(self, request: Request, behind: Hashable) -> Slot | None:
         """The place an earlier turn left, held, cut to what this prompt has in common with it."""
         slot = request.earlier
-        if slot is None or not slot.intact or slot.held or slot.key != behind:
+        if slot is None or not slot.intact or slot.holders or slot.key != behind:
             return None
         own = request.ids[request.shared : -1]  # the last token is computed in any case: its logits are needed
         slot.length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(own, slot.ids, strict=False)))
@@ -121,7 +125,7 @@ class Runner:
     @torch.inference_mode()
     def prefill(self, requests: Sequence[Request]) -> None:
         """One pass over the prompts: prefixes nobody computed yet, then every request's own tokens."""
-        requests = sorted(requests, key=lambda request: request.prefix.index if request.prefix else -1)
+        requests = sorted(requests, key=_picture)
         new = {request.prefix: request for request in requests if request.prefix and not request.prefix.length}
         with_pictures = [*new.values(), *(r for r in requests if r.picture is not None and not r.shared)]
         self.encode([request.picture for request in with_pictures if request.picture is not None])
@@ -167,28 +171,15 @@ class Runner:
     def decode(self, requests: Sequence[Request]) -> None:
         """The next token of each request: one pass with a row for each."""
         self.suffixes.reserve(max(request.computed for request in requests) + 1)
-        rows = sorted(requests, key=lambda request: request.prefix.index if request.prefix else -1)
-        if rows != self._rows or self._step is None:
-            self._step = self._arranged(rows)
+        rows = sorted(requests, key=_picture)
+        if rows != self._rows or self._step is None or not self.steps.hold():
+            self._step = self.steps.of(len(rows))
+            self._step.arrange([request.prefix for request in rows], [request.place for request in rows])
+            for request in rows:
+                self.suffixes.set_length(request.place, request.computed)
         self._rows = []  # if this step is interrupted, the next one arranges everything again
-        tokens = torch.tensor([request.tokens[-1] for request in rows], device=self.device)
-        hidden = self._step.run(self.language_model, self.model.get_input_embeddings()(tokens))
-        logits = self.model.lm_head(hidden)
-        self._step.grow()
-        self._choose(rows, logits)
+        self._choose(rows, self._step([request.tokens[-1] for request in rows]))
         self._rows = rows
-
-    def _arranged(self, rows: Sequence[Request]) -> Decode:
-        def indices(slots: Sequence[Slot | None]) -> Tensor:
-            return torch.tensor([-1 if slot is None else slot.index for slot in slots], dtype=torch.int32).to(
-                self.device
-            )
-
-        for request in rows:
-            self.suffixes.set_length(request.place, request.computed)
-        return Decode(
-            self.prefixes, self.suffixes, indices([r.prefix for r in rows]), indices([r.suffix for r in rows])
-        )
 
     def _choose(self, requests: Sequence[Request], logits: Tensor) -> None:
         """The next token of each row. Reading them is where a step waits for the device."""
@@ -199,3 +190,8 @@ class Runner:
         for request, token, logprob in zip(requests, chosen.tolist(), logprobs, strict=True):
             request.add(token, logprob, ends=token in self.eos_ids)
             request.place.length = request.computed
+
+
+def _picture(request: Request) -> int:
+    """Sorts requests on one picture side by side."""
+    return -1 if request.prefix is None else request.prefix.index

@@ -110,7 +110,7 @@ class Scheduler:
                 request.finish(error)
             else:
                 joined.append(request)
-                tokens += len(request.ids) - request.known
+                tokens += request.new_tokens
             self.waiting.popleft()
         return joined
 

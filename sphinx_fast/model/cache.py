@@ -33,6 +33,8 @@ class Slot:
         length: positions whose keys and values are there.
         key: what they depend on beside the ids; equal keys and ids mean equal keys and values.
         ids: token ids of these positions, where the owner wants to find them again.
+        intact: it was not given to another sequence.
+        holders: how many compute with it.
     """
 
     def __init__(self, pool: Pool, index: int) -> None:
@@ -41,23 +43,18 @@ class Slot:
         self.key: Hashable = None
         self.ids: Sequence[int] = ()
         self.intact = True
-        self._holders = 0
+        self.holders = 0
         self._used = next(_CLOCK)
 
     def hold(self) -> Slot:
         """Nobody else gets this place until `release`."""
-        self._holders += 1
+        self.holders += 1
         self._used = next(_CLOCK)
         return self
 
     def release(self) -> None:
         """The inverse of `hold`."""
-        self._holders -= 1
-
-    @property
-    def held(self) -> bool:
-        """Whether someone computes with it."""
-        return self._holders > 0
+        self.holders -= 1
 
     @property
     def last_used(self) -> int:
@@ -100,7 +97,7 @@ class Pool:
         if index is None and (self.slots + 1) * self.slot_bytes <= self.worth and self._grow_slots():
             index = len(owners)
         if index is None:
-            idle = [owner for owner in owners if owner is not None and not owner.held]
+            idle = [owner for owner in owners if owner is not None and not owner.holders]
             if idle:
                 oldest = min(idle, key=lambda slot: slot.last_used)
                 oldest.intact, index = False, oldest.index

@@ -24,9 +24,6 @@ from sphinx_fast.model import attention
 from sphinx_fast.model.cache import Pool, Slot
 from sphinx_fast.ops import KeyValues, Workspace, attention_workspace
 
-# transformers builds a causal mask [N, N] unless it is given one of four dimensions. It would mean nothing here.
-_NO_MASK = torch.empty(1, 1, 0, 0)
-
 
 class Pass:
     """One pass: positions of its tokens, and the attention of a layer over them."""
@@ -42,7 +39,8 @@ class Pass:
         with _attention_of(language_model):
             outputs = language_model(
                 inputs_embeds=embeddings[None],
-                attention_mask=_NO_MASK.to(embeddings.device),
+                # transformers builds a causal mask [N, N] unless it is given one of four dimensions.
+                attention_mask=embeddings.new_empty(1, 1, 0, 0),
                 position_ids=self.positions[None],
                 use_cache=False,
                 packed=self,
