@@ -31,6 +31,7 @@ class Line:
     ratio_to: dict[str, float] = field(default_factory=dict)  # peer -> its time / ours
     teraflops_per_second: float | None = None  # where arithmetic is the limit, not memory
     ceiling: str = "copy"
+    figures: dict[str, float] = field(default_factory=dict)  # others, by name and unit
 
     def __str__(self) -> str:
         peers = "  ".join(f"{ratio:.2f}x {name}" for name, ratio in self.ratio_to.items())
@@ -39,6 +40,7 @@ class Line:
         return (
             f"{self.room:<10} {self.shape:<34} {self.milliseconds:9.3f} ms {rate} "
             f"{self.percent_of_ceiling:5.1f} % of {self.ceiling}  {peers}"
+            + "".join(f"  {value:.4g} {name}" for name, value in self.figures.items())
         )
 
 
@@ -67,13 +69,13 @@ def seconds_of(call: Call, device: str) -> float:
     return time.perf_counter() - start_time
 
 
-def median_seconds(calls: dict[str, Call], device: str, budget: float) -> dict[str, float]:
-    """Median seconds of each call; rounds of all calls alternate until `budget` seconds are spent, at least five."""
+def median_seconds(calls: dict[str, Call], device: str, budget: float, least: int = 5) -> dict[str, float]:
+    """Median seconds of each call; rounds of all calls alternate until `budget` seconds are spent, at least `least`."""
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
-    while time.perf_counter() - begin < budget or len(next(iter(times.values()))) < 5:
+    while time.perf_counter() - begin < budget or len(next(iter(times.values()))) < least:
         for name, call in calls.items():
             times[name].append(seconds_of(call, device))
     return {name: statistics.median(values) for name, values in times.items()}
