@@ -106,7 +106,7 @@ class PictureCacheStats(NamedTuple):
 class PictureCache:
     """Entries of at most `max_bytes` together; the least recently used go first. Threads and models may share one.
 
-    Evicting lets go of an entry; its memory is free once no conversation uses it any more.
+    Evicting lets go of an entry: its memory is free once no conversation uses it any more, a prefix's for the next one.
 
     Args:
         max_bytes: the bound; 0 keeps nothing.
@@ -116,6 +116,7 @@ class PictureCache:
         if not isinstance(max_bytes, int) or max_bytes < 0:
             raise ValueError(f"picture_cache: expected a number of bytes, 0 or more, got {max_bytes!r}")
         self.max_bytes = max_bytes
+        self.cleared = 0  # how often: part of the keys of what others keep beside the cache
         self._lock = threading.Lock()
         self._entries: OrderedDict[Hashable, tuple[Entry, int]] = OrderedDict()  # the next to go first
         self._bytes = self._hits = self._misses = self._evictions = 0
@@ -164,6 +165,7 @@ class PictureCache:
         with self._lock:
             self._entries.clear()
             self._bytes = 0
+            self.cleared += 1
 
     def stats(self) -> PictureCacheStats:
         """Counts and contents at one moment."""

@@ -90,7 +90,8 @@ class Text:
 
     def take(self) -> str:
         """The piece that became ready since the last one."""
-        piece, self._taken = self.text[self._taken : self._ready], max(self._ready, self._taken)
+        ready = self._ready  # read once, and before the text: another thread may add to both meanwhile
+        piece, self._taken = self.text[self._taken : ready], max(ready, self._taken)
         return piece
 
     def tokens(self) -> int:
@@ -143,6 +144,7 @@ class Request:
         self.new_tokens = len(ids)
         self._text = Text(decoder, sampling.stop)
         self._random = random.Random(sampling.seed)  # None: from the system's entropy
+        self._drawn: float | None = None
 
     @classmethod
     def failed(cls, error: Exception) -> Request:
@@ -152,11 +154,17 @@ class Request:
         return request
 
     def draw(self) -> float:
-        """A number in [0, 1) for the next token: the same ones for the same seed, on any device, in any batch."""
-        return self._random.random() if self.sampling.temperature else 0.0
+        """A number in [0, 1) for the next token: the same ones for the same seed, on any device, in any batch.
+
+        Until that token comes it stays the same, so a step that is interrupted and repeated draws what it would have.
+        """
+        if self._drawn is None:
+            self._drawn = self._random.random() if self.sampling.temperature else 0.0
+        return self._drawn
 
     def add(self, token: int, logprob: float, ends: bool) -> None:
         """The next token, or with `ends` (EOS) none: the answer is over."""
+        self._drawn = None
         if not ends:
             self.tokens.append(token)
             self.logprobs.append(logprob)

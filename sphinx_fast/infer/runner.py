@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from itertools import takewhile
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class Runner:
         self._known: WeakValueDictionary[Hashable, Slot] = WeakValueDictionary()
         self._identity = ModelIdentity()
         self.steps = Steps(model, self.prefixes, self.suffixes)
-        self._rows: list[Request] = []  # of the last step, as `_step` has them
+        self._rows: list[ref[Request]] = []  # of the last step, as `_step` has them; they and their places may go
         self._step: Step | None = None
 
     # --- places -------------------------------------------------------------------------------------------------------
@@ -67,23 +67,32 @@ class Runner:
             prefix = self._prefix(behind)
             if prefix is None:
                 return False
-        suffix = self._continued(request, behind)
+        suffix = None
+        try:
+            suffix = self._continued(request, behind) or self._fresh(self.suffixes, behind)
+        finally:
+            if suffix is None and prefix is not None:
+                prefix.release()
         if suffix is None:
-            suffix = self.suffixes.take()
-            if suffix is None:
-                if prefix is not None:
-                    prefix.release()
-                return False
-            suffix.key, suffix.length = behind, 0
+            return False
         request.prefix, request.suffix = prefix, suffix
         unread = request.shared if prefix is not None and not prefix.length and prefix.holders == 1 else 0
         request.new_tokens = unread + len(request.ids) - request.shared - suffix.length
         return True
 
+    @staticmethod
+    def _fresh(pool: Pool, key: Hashable) -> Slot | None:
+        """A place where nothing is yet, held."""
+        slot = pool.take()
+        if slot is not None:
+            slot.key, slot.length = key, 0
+        return slot
+
     def _shared(self, request: Request) -> tuple[int, Hashable]:
         """How many ids of a prompt are its prefix, and what their keys and values depend on."""
         number = self._identity.current(self.language_model)
-        model = object() if number is None else number  # while it trains, no two passes agree
+        # While it trains, no two passes agree. Clearing the cache is also for what requests and conversations keep.
+        model = object() if number is None else (number, self.cache.cleared)
         picture = request.picture
         if picture is None:
             return 0, ("no picture", model)
@@ -101,9 +110,8 @@ class Runner:
         slot = self._known.get(key)
         if slot is not None and slot.intact:
             return slot.hold()
-        slot = self.prefixes.take()
+        slot = self._fresh(self.prefixes, key)
         if slot is not None:
-            slot.key, slot.length = key, 0
             self._known[key] = slot
         return slot
 
@@ -142,9 +150,7 @@ class Runner:
         for slot, request in new.items():
             if request.picture is not None and request.picture.kept:
                 self.cache.put(slot.key, slot)
-        for request in requests:
-            self.suffixes.set_length(request.place, len(request.ids) - request.shared)
-        self._rows = []
+        self._rows = []  # the next step arranges them, lengths on the device included
         self._choose(requests, logits)
 
     def _prompts(
@@ -172,17 +178,20 @@ class Runner:
         """The next token of each request: one pass with a row for each."""
         self.suffixes.reserve(max(request.computed for request in requests) + 1)
         rows = sorted(requests, key=_picture)
-        if rows != self._rows or self._step is None or not self.steps.hold():
+        if rows != [row() for row in self._rows] or self._step is None or not self.steps.hold():
             self._step = self.steps.of(len(rows))
             self._step.arrange([request.prefix for request in rows], [request.place for request in rows])
             for request in rows:
                 self.suffixes.set_length(request.place, request.computed)
         self._rows = []  # if this step is interrupted, the next one arranges everything again
         self._choose(rows, self._step([request.tokens[-1] for request in rows]))
-        self._rows = rows
+        self._rows = [ref(request) for request in rows]
 
     def _choose(self, requests: Sequence[Request], logits: Tensor) -> None:
-        """The next token of each row. Reading them is where a step waits for the device."""
+        """The next token of each row. Reading them is where a step waits for the device.
+
+        Length and token change together: whoever has no new token when this is interrupted is computed again.
+        """
         chosen = choose(logits, [r.sampling for r in requests], [r.draw() for r in requests])
         logprobs = [0.0] * len(requests)
         if any(request.wants_logprobs for request in requests):

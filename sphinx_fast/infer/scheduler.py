@@ -18,7 +18,7 @@ class Model(Protocol):
         """Give a request its places; False: there are none at the moment."""
 
     def prefill(self, requests: Sequence[Request]) -> None:
-        """One pass over the prompts of admitted requests; their first tokens."""
+        """One pass over the prompts of admitted requests; their first tokens, or their ends."""
 
     def decode(self, requests: Sequence[Request]) -> None:
         """The next token of each."""
@@ -34,16 +34,18 @@ class Scheduler:
     """
 
     def __init__(self, model: Model, max_rows: int, max_prompt_tokens: int) -> None:
+        if max_rows < 1:
+            raise ValueError(f"max_rows: expected at least 1, got {max_rows}")
         self.model, self.max_rows, self.max_prompt_tokens = model, max_rows, max_prompt_tokens
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.running: list[Request] = []  # all that have places; those without a token wait for their prompt's pass
         self._coming: deque[Request] = deque()  # from any thread, at any time; all else belongs to who has the lock
         self._lock = threading.Lock()
 
     def serve(self, requests: Iterable[Request], pieces: bool = False) -> Iterator[Request]:
         """Requests, asked for only as there is room for them -> each as it is done; with `pieces`, whenever it has one.
 
-        Closing the iterator cancels those that are not done.
+        With `pieces` a request comes again until it is seen done. Closing the iterator cancels those that are not done.
         """
         coming, own = iter(requests), list[Request]()
 
@@ -54,7 +56,8 @@ class Scheduler:
             while True:
                 for request in islice(coming, 2 * self.max_rows - len(own)):
                     own.append(request)
-                    self._coming.append(request)
+                    if not request.done:
+                        self._coming.append(request)
                 if not own:
                     return
                 self._drive(ready)
@@ -69,7 +72,13 @@ class Scheduler:
     def cancel(self, request: Request) -> None:
         """Give up a request; what it has said so far is its answer."""
         request.cancelled = True
-        # A finalizer may call this in the middle of a step of the same thread. Then the next step sees to it.
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Lets go of requests that were cancelled, unless someone has the lock: then they do it when they are done.
+
+        A finalizer may come here in the middle of anything, a step of the same thread too, so nothing is waited for.
+        """
         if self._lock.acquire(blocking=False):
             try:
                 self._leave()
@@ -81,58 +90,47 @@ class Scheduler:
             with self._lock:
                 if not ready():
                     self.step()
+        self._tidy()
 
     def step(self) -> None:
         """Those who fit join, in one pass over their prompts; then everybody who runs gets a token."""
-        while self._coming:
-            self.waiting.append(self._coming.popleft())
         self._leave()
-        joined = self._join()
-        if joined:
+        self._join()
+        if joined := [request for request in self.running if not request.tokens]:
             self._compute(self.model.prefill, joined)
-            self.running += joined
             self._leave()
         if self.running:
             self._compute(self.model.decode, self.running)
             self._leave()
 
-    def _join(self) -> list[Request]:
-        joined: list[Request] = []
+    def _join(self) -> None:
         tokens = 0
-        while self.waiting and len(self.running) + len(joined) < self.max_rows:
+        while self.waiting and len(self.running) < self.max_rows and tokens < self.max_prompt_tokens:
             request = self.waiting[0]
-            if tokens >= self.max_prompt_tokens:
-                break
             try:
-                if not self.model.admit(request):
-                    break
+                if self.model.admit(request):
+                    self.running.append(request)
+                    tokens += request.new_tokens
+                elif self.running:
+                    break  # until one of them leaves
+                else:
+                    request.finish(RuntimeError("there is no place for this request's keys and values"))
             except Exception as error:
                 request.finish(error)
-            else:
-                joined.append(request)
-                tokens += request.new_tokens
             self.waiting.popleft()
-        return joined
 
     def _compute(self, work: Callable[[Sequence[Request]], None], requests: Sequence[Request]) -> None:
-        """An error in a pass is the error of all who took part; an interruption leaves them as they were."""
+        """An error in a pass is the error of all who took part. After an interruption the next step repeats it."""
         try:
             work(requests)
         except Exception as error:
             for request in requests:
                 request.finish(error)
-        except BaseException:
-            if work == self.model.prefill:
-                for request in reversed(requests):
-                    if request.tokens or request.done:  # it has what the pass was for
-                        self.running.append(request)
-                    else:
-                        request.release()
-                        self.waiting.appendleft(request)
-            raise
 
     def _leave(self) -> None:
         """Requests that are done or cancelled."""
+        while self._coming:
+            self.waiting.append(self._coming.popleft())
         for request in [*self.waiting, *self.running]:
             if request.cancelled and not request.done:
                 request.finish()

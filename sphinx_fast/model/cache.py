@@ -13,6 +13,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -33,16 +34,16 @@ class Slot:
         length: positions whose keys and values are there.
         key: what they depend on beside the ids; equal keys and ids mean equal keys and values.
         ids: token ids of these positions, where the owner wants to find them again.
-        intact: it was not given to another sequence.
+        taken: it was given to another sequence.
         holders: how many compute with it.
     """
 
     def __init__(self, pool: Pool, index: int) -> None:
-        self.pool, self.index = pool, index
+        self._pool, self.index = weakref.ref(pool), index  # who keeps a slot of an engine that is gone keeps no memory
         self.length = 0
         self.key: Hashable = None
         self.ids: Sequence[int] = ()
-        self.intact = True
+        self.taken = False
         self.holders = 0
         self._used = next(_CLOCK)
 
@@ -55,6 +56,18 @@ class Slot:
     def release(self) -> None:
         """The inverse of `hold`."""
         self.holders -= 1
+
+    @property
+    def pool(self) -> Pool:
+        """Where it lies."""
+        pool = self._pool()
+        assert pool is not None
+        return pool
+
+    @property
+    def intact(self) -> bool:
+        """Whether its sequence is still there."""
+        return not self.taken and self._pool() is not None
 
     @property
     def last_used(self) -> int:
@@ -100,7 +113,7 @@ class Pool:
             idle = [owner for owner in owners if owner is not None and not owner.holders]
             if idle:
                 oldest = min(idle, key=lambda slot: slot.last_used)
-                oldest.intact, index = False, oldest.index
+                oldest.taken, index = True, oldest.index
             elif self._grow_slots():
                 index = len(owners)
         if index is None:
@@ -116,8 +129,11 @@ class Pool:
             torch.OutOfMemoryError: there is none; nothing has changed.
         """
         if positions > self.capacity:
-            # Doubling copies every position at most twice in the long run; steps of 64 keep rows of a page together.
-            self._resize(self.slots, max(2 * self.capacity, -(-positions // 64) * 64))
+            enough = -(-positions // 64) * 64
+            if 2 * self.capacity > enough:  # doubling copies every position at most twice in the long run
+                with suppress(torch.OutOfMemoryError):
+                    return self._resize(self.slots, 2 * self.capacity)
+            self._resize(self.slots, enough)
 
     def set_length(self, slot: Slot, length: int) -> None:
         """How many positions of a slot are valid, on the device too."""
@@ -149,8 +165,9 @@ class Pool:
         return key[slot.index, :, :length], value[slot.index, :, :length]
 
     def _grow_slots(self) -> bool:
-        """Twice as many slots, or one more where memory is short."""
-        for slots in (min(self.most, max(1, 2 * self.slots)), self.slots + 1):
+        """Twice as many slots, but no more bytes than they are worth; or one more, also where memory is short."""
+        paid = self.worth // self.slot_bytes if self.slot_bytes else math.inf
+        for slots in (int(min(self.most, max(1, 2 * self.slots), paid)), self.slots + 1):
             if self.slots < slots <= self.most:
                 try:
                     self._resize(slots, self.capacity)

@@ -9,6 +9,7 @@ Names of shapes: N new tokens, R rows, H heads of queries, K heads of keys, D he
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,19 +50,27 @@ class Pass:
         return hidden[0]
 
 
+_lock = threading.Lock()
+_passing: dict[int, tuple[int, str]] = {}  # of configurations in passes: how many, and what stood there before
+
+
 @contextmanager
 def _attention_of(language_model: Any) -> Iterator[None]:
-    """Lets a language model attend through `attention_forward`, whatever it was loaded with, while it runs a pass."""
+    """Lets a language model attend through `attention_forward`, whatever it was loaded with, while passes run."""
     config = language_model.config
-    before = config._attn_implementation
-    if before == attention.NAME:
-        yield
-        return
-    config._attn_implementation = attention.NAME
+    with _lock:
+        count, before = _passing.get(id(config), (0, config._attn_implementation))
+        _passing[id(config)] = (count + 1, before)
+        config._attn_implementation = attention.NAME
     try:
         yield
     finally:
-        config._attn_implementation = before
+        with _lock:
+            count, before = _passing.pop(id(config))
+            if count > 1:
+                _passing[id(config)] = (count - 1, before)
+            else:
+                config._attn_implementation = before
 
 
 @dataclass(frozen=True)
@@ -97,11 +106,12 @@ class Prefill(Pass):
         self.places = [(piece, end - piece.count, end) for piece, end in zip(pieces, ends, strict=True)]
         self.last = torch.tensor(ends, device=device) - 1  # of each piece
         self.positions = torch.cat([torch.arange(p.first, p.first + p.count) for p in pieces]).to(device)
-        self.alone = [place for place in self.places if place[0].prefix is None and place[0].start == 0]
-        behind = [place for place in self.places if place[0].prefix is not None or place[0].start > 0]
+        self.alone = [place for place in self.places if _is_alone(place)]
+        # Of neighbours only: a group is one range of the new tokens.
+        neighbours = groupby(self.places, key=lambda place: (_is_alone(place), id(place[0].prefix)))
         self.groups = [
             (members[0][1], members[-1][2], [member[0] for member in members], _follow_up(members))
-            for members in (list(group) for _, group in groupby(behind, key=lambda place: id(place[0].prefix)))
+            for members in (list(group) for (alone, _), group in neighbours if not alone)
         ]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
@@ -128,6 +138,11 @@ class Prefill(Pass):
         return out
 
 
+def _is_alone(place: tuple[Piece, int, int]) -> bool:
+    """Whether nothing stands before a piece's tokens."""
+    return place[0].prefix is None and place[0].start == 0
+
+
 def _follow_up(members: Sequence[tuple[Piece, int, int]]) -> attention.FollowUp:
     pieces = [member[0] for member in members]
     return attention.FollowUp([piece.count for piece in pieces], [piece.start + piece.count for piece in pieces])
@@ -141,7 +156,8 @@ class Decode(Pass):
     Args:
         prefixes, suffixes: the pools.
         pictures: int32 [R], slots of `prefixes`, -1 for none. Rows of one picture stand side by side.
-        questions: int32 [R], slots of `suffixes`; -1 for a row that is not there, whose result means nothing.
+        questions: int32 [R], slots of `suffixes`. On a GPU -1 for a row that is not there, whose result means nothing;
+            the kernel of the CPU refuses it.
     """
 
     def __init__(self, prefixes: Pool, suffixes: Pool, pictures: Tensor, questions: Tensor) -> None:
