@@ -73,13 +73,18 @@ def normalise(canvas: Image.Image) -> Tensor:
 def reference_views(
     picture: Image.Image | np.ndarray, picture_size: int, view_size: int, geometry: Geometry | None = None
 ) -> Tensor:
-    """RGB picture -> fp32 [V, 3, view_size, view_size]: the global view first, then the crops, row-major.
+    """RGB picture -> fp32 [V, 3, view_size, view_size]: the global view first, then the crops, row-major."""
+    view_ratio(picture_size, view_size)
+    return square_views(normalise(reference_canvas(picture, picture_size, geometry)), view_size)
 
-    The global view is the bicubic interpolation, not antialiased, of the fp16 picture; the crops are cut from the
-    normalised fp32 picture.
+
+def square_views(pixels: Tensor, view_size: int) -> Tensor:
+    """Normalised square, fp32 [3, S, S] -> its views, fp32 [V, 3, view_size, view_size].
+
+    The global view is the bicubic interpolation, not antialiased, of the fp16 square; the crops are cut from the fp32
+    one. ValueError where they do not tile it.
     """
-    ratio = view_ratio(picture_size, view_size)
-    pixels = normalise(reference_canvas(picture, picture_size, geometry))
+    ratio = view_ratio(pixels.shape[-1], view_size)
     if ratio == 1:
         return pixels[None]
     overview = F.interpolate(pixels[None].half(), (view_size, view_size), mode="bicubic").float()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -85,13 +86,31 @@ class Engine:
         """
         if image is None:
             return None
-        image_processor = self.processor.image_processor
-        pixels, mode = image_processor.load(image), image_processor.mode
+        pixels = self.processor.image_processor.load(image)
+        return self._seen(pixels, self.processor.image_processor.mode)
+
+    def see_square(self, square: Tensor) -> Picture:
+        """A picture that was padded, resized and normalised by whoever has it: float [3, picture_size, picture_size].
+
+        Its views are cut in fp32 on the CPU, so they are those of the picture itself bit for bit.
+
+        Raises:
+            ValueError: it is of another shape or dtype.
+        """
+        size = self.processor.image_processor.picture_size
+        if not square.is_floating_point() or tuple(square.shape) != (3, size, size):
+            raise ValueError(
+                f"the tensor: expected a normalised float [3, {size}, {size}], got {square.dtype} {list(square.shape)}"
+            )
+        mode = ("square", size, self.processor.image_processor.view_size)
+        return self._seen(square.detach().to("cpu", torch.float32), mode)
+
+    def _seen(self, pixels: np.ndarray | Tensor, mode: Hashable | None) -> Picture:
         model = None if mode is None else self._identity.current(*self._encoders)
         if model is None:  # views are random, or the encoders train
             tokens = self._visual_tokens([pixels])[0]
             return Picture(pixels, tokens.shape[0], object(), kept=False, visual_tokens=tokens)
-        views = len(image_processor.views_shown(image_processor.geometries([pixels])[0]))
+        views = self.processor.image_processor.count_views(pixels)
         return Picture(pixels, views, PictureKey.of(pixels, mode, model), kept=bool(self.picture_cache.max_bytes))
 
     def encode(self, image: Any) -> Tensor | None:

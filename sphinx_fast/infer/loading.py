@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,9 @@ from sphinx_fast.model.processor import SphinxProcessor
 from sphinx_fast.model.sphinx import SphinxForConditionalGeneration
 from sphinx_fast.weights import memory
 from sphinx_fast.weights import quantize as quantization
+from sphinx_fast.weights.accessory import Import
 from sphinx_fast.weights.quantize import Quantization
+from sphinx_fast.weights.released import Weight
 
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "assets" / "sphinx-mini"
 
@@ -31,7 +34,7 @@ def check_folder(name: str | Path) -> None:
         raise ValueError(f"{name}: no such folder")
     if not path.is_dir():
         raise ValueError(f"{name}: expected a model folder, got a file")
-    if any(path.glob("consolidated.*.pth")):
+    if is_released(path):
         raise ValueError(f"{name}: a released checkpoint; convert it first: sphinx-fast convert {name} NEW_FOLDER")
     config = path / "config.json"
     if not config.is_file():
@@ -42,6 +45,11 @@ def check_folder(name: str | Path) -> None:
         raise ValueError(f"{config}: not a JSON object ({error})") from error
     if kind != SphinxConfig.model_type:
         raise ValueError(f"{name}: model_type is {kind!r}, expected {SphinxConfig.model_type!r}")
+
+
+def is_released(folder: str | Path) -> bool:
+    """Whether a folder holds a released checkpoint."""
+    return any(Path(folder).glob("consolidated.*.pth"))
 
 
 def default_device() -> torch.device:
@@ -112,31 +120,71 @@ def load(
     """What `Sphinx.from_pretrained` loads; its arguments and errors."""
     name = EMBEDDED_MODEL if folder is None else folder
     check_folder(name)
+    config = with_variant(SphinxConfig.from_pretrained(name), variant)
+    model, quantized = _model(name, config, None, device, dtype, quantize, **kwargs)
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+    except (OSError, RuntimeError) as error:
+        raise _one_line(name, error) from error
+    processor.image_processor.picture_size = config.vision_config.picture_size
+    return Loaded(model, processor, quantized)
+
+
+def load_released(
+    released: Import,
+    *,
+    device: str | torch.device | None,
+    dtype: torch.dtype | str | None,
+    quantize: str | None,
+) -> Loaded:
+    """A released checkpoint as a model, with no folder in between.
+
+    Weights are read from the memory-mapped shards one by one, joined, and brought to the device, so the host holds a
+    few of them at a time. Arguments and errors as of `load`.
+    """
+    model, quantized = _model(released.path, released.config, released.weights, device, dtype, quantize)
+    return Loaded(model, released.processor, quantized)
+
+
+def _model(
+    name: str | Path,
+    config: SphinxConfig,
+    weights: Sequence[Weight] | None,
+    device: str | torch.device | None,
+    dtype: torch.dtype | str | None,
+    quantize: str | None,
+    **kwargs: Any,
+) -> tuple[SphinxForConditionalGeneration, Quantization | None]:
+    """A model on its device, and what was quantised: `weights`, or where that is None those of the folder `name`."""
     target = torch.device(device) if device is not None else default_device()
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: no CUDA GPU is available; `sphinx-fast doctor` says more")
     if isinstance(dtype, str):
         dtype = parse_dtype(dtype)
-    config = with_variant(SphinxConfig.from_pretrained(name), variant)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     dtype = dtype or quantization.default_dtype(quantize, default_dtype(stored, target))
     planned = quantization.plan(config, quantize, target, dtype) if quantize is not None else None
     if planned is not None:
         kwargs["quantization_config"] = planned.library_config(dtype)
-    memory.announce(name, config, dtype, target, planned=planned, spread="device_map" in kwargs)
-    if "device_map" not in kwargs and target.type != "cpu":
+    spread = "device_map" in kwargs
+    memory.announce(name, config, dtype, target, planned=planned, spread=spread, in_folder=weights is None)
+    if not spread and target.type != "cpu":
         kwargs["device_map"] = target
     kwargs.setdefault("attn_implementation", {"text_config": attention.NAME})
+    if weights is not None:
+        kwargs["state_dict"] = {weight.name: weight for weight in weights}
     model: Any
     info: dict[str, Any]
     try:
         model, info = SphinxForConditionalGeneration.from_pretrained(  # type: ignore[misc]
-            name, config=config, dtype=dtype, output_loading_info=True, **kwargs
+            name if weights is None else None, config=config, dtype=dtype, output_loading_info=True, **kwargs
         )
-        processor = AutoProcessor.from_pretrained(name)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{name}: {str(error).strip().splitlines()[0]}") from error
+        raise _one_line(name, error) from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{name}: {len(missing)} weights are missing, the first is {missing[0]}")
-    processor.image_processor.picture_size = config.vision_config.picture_size
-    return Loaded(model, processor, quantization.inspect(model, planned) if planned is not None else None)
+    return model, quantization.inspect(model, planned) if planned is not None else None
+
+
+def _one_line(name: str | Path, error: Exception) -> ValueError:
+    return ValueError(f"{name}: {str(error).strip().splitlines()[0]}")

@@ -22,7 +22,7 @@ class Picture:
     """A picture that was read, and what is known of it.
 
     Attributes:
-        pixels: uint8 [h, w, 3], until visual tokens were made of them.
+        pixels: uint8 [h, w, 3] or a normalised square, fp32 [3, S, S], until visual tokens were made of them.
         views: it is cut into.
         key: equal keys mean equal visual tokens.
         kept: whether they and their prefix may be kept for others; not if views are random or encoders train.

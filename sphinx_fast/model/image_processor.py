@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from sphinx_fast.image.decode import PictureError, load_picture
 from sphinx_fast.image.geometry import Geometry, padded_resize, random_resized_crop, resized_center_crop
+from sphinx_fast.image.views import square_views
 
 
 def flatten_pictures(images: Any) -> list[Any]:
@@ -29,6 +30,10 @@ def as_hwc(image: Any) -> Any:
         if image.shape[0] in channels and image.shape[-1] not in channels:
             return image.transpose(1, 2, 0) if isinstance(image, np.ndarray) else image.permute(1, 2, 0)
     return image
+
+
+def _is_square(picture: np.ndarray | torch.Tensor) -> TypeGuard[torch.Tensor]:
+    return isinstance(picture, torch.Tensor) and picture.is_floating_point()
 
 
 # The released transforms. The last one draws from torch's generator, as torchvision's does.
@@ -102,8 +107,22 @@ class SphinxImageProcessor(BaseImageProcessor):
         crops = [(row * size, column * size) for row in range(ratio) for column in range(ratio)]
         return [0, *(1 + i for i, crop in enumerate(crops) if not geometry.shows_only_padding(*crop, size))]
 
+    def count_views(self, picture: np.ndarray | torch.Tensor) -> int:
+        """How many views `cut` makes of a picture."""
+        return self.num_views if _is_square(picture) else len(self.views_shown(self.geometries([picture])[0]))
+
     def cut(self, pictures: Sequence[np.ndarray | torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
-        """uint8 [h, w, 3] pictures -> fp32 views [sum of V, 3, view_size, view_size], and how many are whose."""
+        """Pictures -> fp32 views [sum of V, 3, view_size, view_size], and how many are whose.
+
+        A picture is uint8 [h, w, 3], or a normalised square, fp32 [3, picture_size, picture_size] on the CPU, which
+        only has to be cut.
+        """
+        if any(_is_square(picture) for picture in pictures):
+            parts = [
+                square_views(picture, self.view_size) if _is_square(picture) else self.cut([picture])[0].cpu()
+                for picture in pictures
+            ]
+            return torch.cat(parts), [len(part) for part in parts]
         geometries = self.geometries(pictures)
         pixels, shown = self.all_views(pictures, geometries), [self.views_shown(geometry) for geometry in geometries]
         if any(len(views) < self.num_views for views in shown):

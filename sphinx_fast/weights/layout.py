@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -16,7 +18,8 @@ def on_disk_shapes(config: SphinxConfig) -> dict[str, tuple[int, ...]]:
     The names of transformers' modules differ between its versions, those in the files do not.
     """
     with torch.device("meta"):
-        return disk_shapes(SphinxForConditionalGeneration(config))
+        # A copy: the model writes to its configuration which attention it chose, and loading would take that for asked.
+        return disk_shapes(SphinxForConditionalGeneration(deepcopy(config)))
 
 
 def disk_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -136,18 +136,23 @@ def announce(
     *,
     planned: Plan | None = None,
     spread: bool = False,
+    in_folder: bool = True,
 ) -> MemoryNeed | None:
     """Say what a folder will need, before it is loaded: an INFO line of the logger `sphinx_fast`, a WARNING when it
     will hardly fit.
 
     Args:
         spread: a device map of the user's says where the weights go; nothing is compared then.
+        in_folder: False: the weights come from elsewhere, so those that the configuration needs are counted.
 
     Raises:
         ValueError: the weights alone are more than the whole GPU. (A machine's own memory can be mapped and swapped:
             there it is a warning.)
     """
-    need = folder_need(name, config, dtype, planned=planned)
+    if in_folder:
+        need = folder_need(name, config, dtype, planned=planned)
+    else:
+        need = memory_need(config, dtype, planned=planned)
     if need is None:
         return None
     line = f"{Path(name).name}: {need}"

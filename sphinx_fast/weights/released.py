@@ -84,6 +84,10 @@ class Weight:
     def of(cls, name: str, source: str, tensor: Tensor) -> Weight:
         return cls(name, source, tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
+    def __getitem__(self, _: Any) -> Tensor:
+        """`weight[...]` reads it into memory of its own: transformers loads whatever is read so, as slices of files."""
+        return self.load().clone(memory_format=torch.contiguous_format)
+
 
 @dataclass
 class ReleasedFolder:
@@ -107,8 +111,6 @@ class ReleasedFolder:
             raise WeightsError(f"{path}: no meta.json with a llama_type; name the variant: {', '.join(VARIANTS)}")
         if variant not in VARIANTS:
             raise WeightsError(f"{path}: llama_type {variant!r} is not one of {', '.join(VARIANTS)}")
-        if not (path / "tokenizer.model").is_file():
-            raise WeightsError(f"{path / 'tokenizer.model'}: no such file")
         shards: list[tuple[Path, Mapping[str, Tensor]]] = []
         for file in files:
             tensors = open_weights(file)
