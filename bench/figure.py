@@ -1,4 +1,4 @@
-"""docs/views.svg and docs/attention.svg: time against size, ours and each peer, from bench/results.
+"""docs/views.svg, docs/attention.svg and docs/engine.svg: time or rate against size, ours and each peer, from results.
 
 python bench/figure.py
 """
@@ -24,12 +24,17 @@ COLOURS = {
     "rows": "#393",
     "flash-attn": "#a60",
     "flashinfer": "#639",
+    "generate": "#36c",
+    "generate batch": "#393",
 }
-Series = dict[str, list[tuple[float, float]]]  # of each name (size, milliseconds)
+Series = dict[str, list[tuple[float, float]]]  # of each name (size, milliseconds or rate)
 
 
-def series(room: str, size_of: Callable[[dict[str, object]], float | None]) -> tuple[Series, str]:
-    """The lines of a result file that `size_of` gives a size, the last of each size; what they were measured on."""
+def series(room: str, size_of: Callable[[dict[str, object]], float | None], rate: str = "") -> tuple[Series, str]:
+    """The lines of a result file that `size_of` gives a size, the last of each size; what they were measured on.
+
+    Milliseconds, or the figure that is called `rate`.
+    """
     found: dict[str, dict[float, float]] = {}
     about = ""
     for text in (ROOT / f"bench/results/{room}-cpu.jsonl").read_text().splitlines():
@@ -39,7 +44,8 @@ def series(room: str, size_of: Callable[[dict[str, object]], float | None]) -> t
             continue
         for name, ratio in {"ours": 1.0, **line["ratio_to"]}.items():
             if name in COLOURS:
-                found.setdefault(name, {})[size] = line["milliseconds"] * ratio
+                value = line["figures"][rate] / ratio if rate else line["milliseconds"] * ratio
+                found.setdefault(name, {})[size] = value
         about = f"{line['device']}, threads: {line['threads']}, torch {line['torch']}, commit {line['commit'][:7]}"
     return {name: sorted(points.items()) for name, points in found.items()}, about
 
@@ -74,6 +80,9 @@ def draw(title: str, lines: Series, about: str, label: Callable[[float], str]) -
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
         wide = 3 if name == "ours" else 1.5
         parts.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[name]}" stroke-width="{wide}"/>')
+        if len(points) == 1:
+            x, y = at(*points[0])
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{COLOURS[name]}"/>')
         y = max([at(*points[-1])[1], *(end + 14 for end in ends[-1:])])
         ends.append(y)
         parts.append(f'<text x="{WIDTH - RIGHT + 8}" y="{y + 4:.1f}" fill="{COLOURS[name]}">{name}</text>')
@@ -94,6 +103,12 @@ def questions(line: dict[str, object]) -> float | None:
     return int(shape[1]) if shape and ("on 1" in str(line["shape"]) or shape[1] == "1") else None
 
 
+def answered(line: dict[str, object]) -> float | None:
+    """Questions on one picture, bf16."""
+    shape = re.fullmatch(r"(\d+) questions, 1455 bf16", str(line["shape"]))
+    return int(shape[1]) if shape else None
+
+
 if __name__ == "__main__":
     title = "One picture to all encoders' inputs at 448 px, fp32: milliseconds"
     views = draw(title, *series("views", pixels), lambda x: f"{x / 1e6:.2g} Mpixel")
@@ -101,3 +116,6 @@ if __name__ == "__main__":
     title = "Questions on one picture, a step of a layer over 1,455 + 16 positions, fp32: milliseconds"
     attention = draw(title, *series("attention", questions), lambda x: f"{x:g}")
     (ROOT / "docs/attention.svg").write_text(attention)
+    title = "Questions on one picture of 1,455 positions, Llama of 134M, bf16, 32 new tokens: tokens per second"
+    engine = draw(title, *series("generate", answered, "tokens/s"), lambda x: f"{x:g}")
+    (ROOT / "docs/engine.svg").write_text(engine)

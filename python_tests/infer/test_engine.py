@@ -403,6 +403,19 @@ def test_an_error_in_a_pass_is_raised_and_the_next_question_is_answered(
     assert sphinx.ask(COFFEE, "What?", **LONG) == alone.ask(COFFEE, "What?", **LONG)
 
 
+def test_a_language_model_with_layers_of_another_kind_is_refused(
+    sphinx: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return hidden_states.cumsum(1), None  # sees whatever stands before it in the row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sphinx.model.model.language_model.layers[1].self_attn, "forward", forward)
+        with pytest.raises(ValueError, match="LlamaModel: 1 of 2 layers attend through"):
+            sphinx.ask(CAT, "What?", **LONG)
+    assert sphinx.ask(CAT, "What?", **LONG)
+
+
 def _fails(*_: Any) -> Tensor:
     raise RuntimeError("out of order")
 

@@ -21,8 +21,8 @@ from sphinx_fast.model.sphinx import SphinxForConditionalGeneration
 from sphinx_fast.vision.graphs import CudaRecorder, turns_of
 from sphinx_fast.weights.memory import picture_need
 
-MAX_ROWS = 32  # requests at once: where one more row costs a step more than it saves, by bench/bench_generate.py
-MAX_PROMPT_TOKENS = 8192  # in one pass: activations of a 13B over them take about 1 GiB
+MAX_ROWS = 32  # requests at once
+MAX_PROMPT_TOKENS = 8192  # in one pass: five pictures of sphinx-1k, whose activations take under 1 GiB in a 13B
 _ENCODED_AT_ONCE = 8  # pictures
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sphinx_fast import ops
 from sphinx_fast.model import attention
@@ -30,13 +30,19 @@ class Pass:
     """One pass: positions of its tokens, and the attention of a layer over them."""
 
     positions: Tensor  # [N]
+    attended: int  # layers, in the last run
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """query [1, H, N, D], key and value [1, K, N, D] -> [1, N, H, D]."""
         raise NotImplementedError
 
-    def run(self, language_model: nn.Module, embeddings: Tensor) -> Tensor:
-        """Embeddings [N, hidden_size] -> last hidden states [N, hidden_size]."""
+    def run(self, language_model: Any, embeddings: Tensor) -> Tensor:
+        """Embeddings [N, hidden_size] -> last hidden states [N, hidden_size].
+
+        Raises:
+            ValueError: not every layer of the model attends through transformers' attention interface.
+        """
+        self.attended = 0
         with _attention_of(language_model):
             outputs = language_model(
                 inputs_embeds=embeddings[None],
@@ -45,6 +51,12 @@ class Pass:
                 position_ids=self.positions[None],
                 use_cache=False,
                 packed=self,
+            )
+        layers = language_model.config.num_hidden_layers
+        if self.attended != layers:  # other layers have seen tokens of strangers
+            raise ValueError(
+                f"{type(language_model).__name__}: {self.attended} of {layers} layers attend through transformers' "
+                "attention interface; the engine needs all: use model.generate"
             )
         hidden: Tensor = outputs.last_hidden_state
         return hidden[0]
@@ -115,6 +127,7 @@ class Prefill(Pass):
         ]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        self.attended += 1
         for piece, begin, end in self.places:
             piece.slot.pool.write(layer, piece.slot, piece.start, key[0, :, begin:end], value[0, :, begin:end])
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
@@ -180,6 +193,7 @@ class Decode(Pass):
         self.suffixes.lengths.index_add_(0, self.questions.clamp(min=0), there)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        self.attended += 1
         here = query.device  # layers may lie on several
         rows, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         suffix, prefix = self.suffixes.layer(layer, key, value), self.prefixes.layer(layer)
