@@ -65,7 +65,7 @@ class Plan:
                 bnb_4bit_compute_dtype=dtype,
                 llm_int8_skip_modules=kept,
             )
-        return TorchAoConfig(_torchao_config(self.method, self.device), modules_to_not_convert=kept)
+        return TorchAoConfig(torchao_config(self.method, self.device), modules_to_not_convert=kept)
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def packed_bytes(method: str, device: str, outputs: int, inputs: int, dtype: tor
     return outputs * inputs // 2 + outputs * (inputs // GROUP) * 2 * dtype.itemsize
 
 
-def _torchao_config(method: str, device: str) -> Any:
+def torchao_config(method: str, device: str) -> Any:
     """torchao's own description. `set_inductor_config` would change torch.compile's settings for the whole process."""
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 
