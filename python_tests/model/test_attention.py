@@ -115,6 +115,13 @@ def test_sphinx(steps: list[Tensor]) -> None:
     assert_same_tokens(model, steps, input_ids=ids, pixel_values=pixels)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "sphinx_fast"])
+def test_one_implementation_for_the_whole_model(implementation: str) -> None:
+    model = tiny_model()
+    model.set_attn_implementation(implementation)
+    assert model.model.language_model.config._attn_implementation == implementation
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_one_step_is_as_near_to_float64_as_sdpa(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(4)

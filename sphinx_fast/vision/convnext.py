@@ -76,6 +76,9 @@ class ConvNextModel(PreTrainedModel):
     config: ConvNextConfig
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = False
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = (
+        True  # nothing attends: any choice for the model is fine
+    )
 
     def __init__(self, config: ConvNextConfig) -> None:
         super().__init__(config)
