@@ -22,7 +22,7 @@ from sphinx_fast.vision.graphs import CudaRecorder, turns_of
 from sphinx_fast.weights.memory import picture_need
 
 MAX_ROWS = 32  # requests at once
-MAX_PROMPT_TOKENS = 8192  # in one pass: five pictures of sphinx-1k, whose activations take under 1 GiB in a 13B
+MAX_PROMPT_TOKENS = 8192  # in one pass: five pictures of sphinx-1k; more would only take memory for activations
 _ENCODED_AT_ONCE = 8  # pictures
 
 

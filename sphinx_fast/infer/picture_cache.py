@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# A picture of sphinx-1k has 1,455 x 5,120 visual tokens in bf16, 14.9 MB, and a prefix of 1.2 GB in a 13B, of 33 MB in
-# sphinx-tiny. What is kept fills only as pictures come.
+# A picture of sphinx-1k has 1,455 x 5,120 visual tokens in bf16, 14.9 MB, and a prefix of 1.2 GB in a 13B; one of
+# sphinx-tiny-1k a prefix of 29 MB (weights/memory.py computes them). What is kept fills only as pictures come.
 DEFAULT_BYTES = 2**30
 
 

@@ -36,6 +36,7 @@ class Slot:
         ids: token ids of these positions, where the owner wants to find them again.
         taken: it was given to another sequence.
         holders: how many compute with it.
+        last_used: larger than that of slots that were last held before.
     """
 
     def __init__(self, pool: Pool, index: int) -> None:
@@ -45,12 +46,12 @@ class Slot:
         self.ids: Sequence[int] = ()
         self.taken = False
         self.holders = 0
-        self._used = next(_CLOCK)
+        self.last_used = next(_CLOCK)
 
     def hold(self) -> Slot:
         """Nobody else gets this place until `release`."""
         self.holders += 1
-        self._used = next(_CLOCK)
+        self.last_used = next(_CLOCK)
         return self
 
     def release(self) -> None:
@@ -68,11 +69,6 @@ class Slot:
     def intact(self) -> bool:
         """Whether its sequence is still there."""
         return not self.taken and self._pool() is not None
-
-    @property
-    def last_used(self) -> int:
-        """Larger than that of slots that were last held before."""
-        return self._used
 
     @property
     def nbytes(self) -> int:
@@ -106,7 +102,7 @@ class Pool:
     def take(self) -> Slot | None:
         """A place for a new sequence, held; None: all are held and there may be no more."""
         owners = [None if owner is None else owner() for owner in self._owners]
-        index = next((i for i, owner in enumerate(owners) if owner is None or not owner.intact), None)
+        index = next((i for i, owner in enumerate(owners) if owner is None), None)
         if index is None and (self.slots + 1) * self.slot_bytes <= self.worth and self._grow_slots():
             index = len(owners)
         if index is None:

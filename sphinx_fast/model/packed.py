@@ -10,6 +10,7 @@ Names of shapes: N new tokens, R rows, H heads of queries, K heads of keys, D he
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,15 +27,15 @@ from sphinx_fast.model.cache import Pool, Slot
 from sphinx_fast.ops import KeyValues, Workspace, attention_workspace
 
 
-class Pass:
+class Pass(ABC):
     """One pass: positions of its tokens, and the attention of a layer over them."""
 
     positions: Tensor  # [N]
     attended: int  # layers, in the last run
 
+    @abstractmethod
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """query [1, H, N, D], key and value [1, K, N, D] -> [1, N, H, D]."""
-        raise NotImplementedError
 
     def run(self, language_model: Any, embeddings: Tensor) -> Tensor:
         """Embeddings [N, hidden_size] -> last hidden states [N, hidden_size].
