@@ -72,7 +72,7 @@ def test_the_tree_names_only_what_is_there() -> None:
 
 
 def test_every_module_of_the_main_rooms_is_in_the_tree() -> None:
-    rooms = ("image", "vision", "model", "infer", "weights")
+    rooms = ("image", "vision", "model", "infer", "data", "train", "weights")
     modules = {p.name for room in rooms for p in (ROOT / "sphinx_fast" / room).glob("*.py")}
     modules |= {p.name for p in (ROOT / "sphinx_fast").glob("*.py")}
     assert modules - tree_names() == set()

@@ -50,6 +50,33 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--quiet", action="store_true", help="no progress bar")
     convert.set_defaults(run=run_convert)
 
+    train = verbs.add_parser("train", help="train or fine-tune: stage1 or stage2 of the paper, from a YAML file")
+    train.add_argument("stage", choices=("stage1", "stage2"))
+    train.add_argument("config", metavar="CONFIG.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the file's, dotted")
+    train.add_argument("--dry-run", action="store_true", help="print parameters, memory and steps, and train nothing")
+    train.add_argument("--processes", type=int, default=1, metavar="N", help="GPUs that a dry run is about")
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    train.set_defaults(run=run_train)
+
+    mix = verbs.add_parser(
+        "mix",
+        help="beta * REAL + (1 - beta) * SYN of two or more model folders",
+        usage="sphinx-fast mix --beta B REAL SYN OUT | --weights W,W,... A B ... OUT | --sweep BETAS --data FILE "
+        "[--data NAME=FILE ...] REAL SYN [OUT]  [--parts llm|trained] [--rows N] [--device D] [--quiet]",
+    )
+    mix.add_argument("folders", nargs="+", metavar="FOLDER", help="model folders, then the folder to create")
+    how = mix.add_mutually_exclusive_group(required=True)
+    how.add_argument("--beta", type=float, help="weight of the first of two folders")
+    how.add_argument("--weights", metavar="W,W,...", help="a weight for each folder, together 1")
+    how.add_argument("--sweep", metavar="BETAS", help="0,0.1,...,1: measure each beta; OUT gets table and plot")
+    mix.add_argument("--parts", choices=("llm", "trained"), default="llm", help="trained: mix the fusion as well")
+    mix.add_argument("--data", action="append", default=[], metavar="[NAME=]FILE", help="held-out rows of a domain")
+    mix.add_argument("--rows", type=int, default=256, metavar="N", help="of each file, for --sweep (default: 256)")
+    mix.add_argument("--device", help="for --sweep: cpu, cuda, cuda:1 (default: the GPU if there is one)")
+    mix.add_argument("--quiet", action="store_true", help="no progress bar")
+    mix.set_defaults(run=run_mix)
+
     doctor = verbs.add_parser("doctor", help="versions, what is compiled, which kernels are active, what to do")
     doctor.set_defaults(run=run_doctor)
     return parser
@@ -143,6 +170,28 @@ def run_convert(args: argparse.Namespace) -> int:
     vision = config.vision_config
     print(f"{args.target}: {vision.num_views} view(s), {vision.tokens_per_picture} visual positions a picture")
     return 0
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """`sphinx-fast train`."""
+    from sphinx_fast.train.settings import read_settings
+
+    settings = read_settings(args.stage, args.config, args.overrides)
+    from sphinx_fast.train import command
+
+    with _notes_on_stderr():
+        if args.dry_run:
+            print(command.dry_run(settings, args.processes))
+        else:
+            print(command.run(settings, progress=not args.quiet))
+    return 0
+
+
+def run_mix(args: argparse.Namespace) -> int:
+    """`sphinx-fast mix`."""
+    from sphinx_fast.weights import command
+
+    return command.run(args)
 
 
 def run_doctor(args: argparse.Namespace) -> int:

@@ -91,6 +91,23 @@ def with_variant(config: SphinxConfig, variant: str | None) -> SphinxConfig:
     return config
 
 
+SINGLE_VIEW = 0  # as a picture size: the global view alone
+
+
+def with_picture_size(config: SphinxConfig, size: int | None) -> SphinxConfig:
+    """The same weights over pictures of `size` pixels, `SINGLE_VIEW`, or as they are (None).
+
+    Raises:
+        ValueError: not a multiple of the view.
+    """
+    if size is not None:
+        view = config.vision_config.view_size
+        if size < 0 or size % view:
+            raise ValueError(f"picture_size: expected a multiple of the view's {view}, got {size}")
+        config.vision_config.picture_size = size or view
+    return config
+
+
 def parse_dtype(name: str) -> torch.dtype:
     """ "float32", "bf16", ... -> torch.dtype. Raises ValueError on another word."""
     short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16", "float": "float32"}
@@ -115,12 +132,13 @@ def load(
     dtype: torch.dtype | str | None,
     variant: str | None,
     quantize: str | None,
+    picture_size: int | None = None,
     **kwargs: Any,
 ) -> Loaded:
-    """What `Sphinx.from_pretrained` loads; its arguments and errors."""
+    """What `Sphinx.from_pretrained` loads; its arguments and errors. `picture_size`: other views, by their square."""
     name = EMBEDDED_MODEL if folder is None else folder
     check_folder(name)
-    config = with_variant(SphinxConfig.from_pretrained(name), variant)
+    config = with_picture_size(with_variant(SphinxConfig.from_pretrained(name), variant), picture_size)
     model, quantized = _model(name, config, None, device, dtype, quantize, **kwargs)
     try:
         processor = AutoProcessor.from_pretrained(name)

@@ -128,6 +128,12 @@ class FollowUp:
             raise ValueError(f"prefix: expected one slot, got {prefix.key.shape[0]}")
         if flash_attn is not None and query.is_cuda and query.dtype != torch.float32:
             return self._by_flash_attn(query, key, value, prefix, scale)
+        return self.masked(query, key, value, prefix, scale)
+
+    def masked(
+        self, query: Tensor, key: Tensor, value: Tensor, prefix: KeyValues, scale: float | None = None
+    ) -> Tensor:
+        """The same by scaled_dot_product_attention and a mask, whatever is installed: gradients flow."""
         keys, values = torch.cat([prefix.key[0], key], 1), torch.cat([prefix.value[0], value], 1)
         mask = F.pad(self._own, (prefix.key.shape[2], 0), value=True).to(query.device)
         return F.scaled_dot_product_attention(

@@ -1,0 +1,189 @@
+"""Conversations, captions and documents as token ids with a target at every position that is to predict something.
+
+A piece is one sequence that sees nothing but itself. It may have a trunk and branches: every branch sees the trunk and
+itself, and its positions go on where the trunk ends. So many questions about one picture cost its visual tokens once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sphinx_fast.data.record import BadRowError, Conversation
+from sphinx_fast.model.conversation import STOP, SYSTEM, conversation_prompt
+
+IGNORED = -100
+
+
+@dataclass
+class Piece:
+    """n tokens.
+
+    ids        [n]
+    targets    [n]: what is to be predicted at this position, IGNORED where nothing is
+    weights    [n]: of the targets in the loss
+    lengths    tokens of the trunk, then of each branch; (n,): no branches
+    picture    what stands at the placeholders, or None
+    kind       which mean of the loss its targets belong to
+    name       for messages
+    """
+
+    ids: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    lengths: tuple[int, ...]
+    picture: Path | bytes | None = None
+    kind: int = 0
+    name: str = ""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def targeted(self) -> int:
+        """How many tokens it teaches."""
+        return int((self.targets != IGNORED).sum())
+
+
+class PieceMaker:
+    """Turns records into pieces for one model.
+
+    Args:
+        processor: the model's: tokenizer, placeholders, views.
+        max_length: positions a piece may have.
+        independent_turns: turns become branches.
+    """
+
+    def __init__(self, processor: Any, max_length: int, independent_turns: bool = False) -> None:
+        self.processor, self.max_length = processor, max_length
+        self.independent_turns = independent_turns
+        self.tokenizer = processor.tokenizer
+        self.visual = [processor.image_token_id] * (processor.image_processor.num_views * processor.tokens_per_view)
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        self.bos, self.eos = [] if bos is None else [bos], [] if eos is None else [eos]
+
+    def _head(self, record: Conversation) -> list[int]:
+        return [*self.bos, *(self.visual if record.picture is not None else ())]
+
+    def caption(self, record: Conversation, kind: int = 0) -> Piece:
+        """Stage 1: BOS, picture, caption, EOS; no prompt. Everything behind the picture is a target."""
+        text = "".join(answer for _, answer in record.turns)
+        if not text.strip():
+            raise BadRowError("no answer", f"{record.name}: an empty caption")
+        if record.picture is None:
+            raise BadRowError("no picture", f"{record.name}: a caption without a picture")
+        head = self._head(record)
+        body = [*self._encode(text)[0], *self.eos]
+        room = self.max_length - len(head)
+        if room < 1:
+            raise BadRowError(
+                "too long", f"{record.name}: {len(head)} positions before the caption, {self.max_length} allowed"
+            )
+        body = body[:room]
+        labelled = np.arange(len(head), len(head) + len(body))
+        return self._piece([*head, *body], labelled, (len(head) + len(body),), record, kind)
+
+    def conversation(self, record: Conversation, kind: int = 0) -> Piece:
+        """Stage 2: BOS, picture, system prompt, turns; targets are the tokens of every answer and its stop text.
+
+        What does not fit is cut off. Raises BadRowError("too long") when no answer is left whole.
+        """
+        if not record.turns or not all(answer.strip() for _, answer in record.turns):
+            raise BadRowError("no answer", f"{record.name}: a question without an answer")
+        if self.independent_turns and len(record.turns) > 1:
+            return self._branches(record, kind)
+        head = self._head(record)
+        ids, answers = self._turns(record.turns)
+        whole = [answer for answer in answers if len(head) + answer.stop <= self.max_length]
+        if not whole:
+            raise BadRowError(
+                "too long",
+                f"{record.name}: its first answer ends at position {len(head) + answers[0].stop:,}, "
+                f"{self.max_length:,} allowed ({len(head):,} are before the text); raise max_length",
+            )
+        ids = ids[: whole[-1].stop]
+        labelled = np.concatenate([np.arange(a.start, a.stop) for a in whole]) + len(head)
+        weights = self._weights(record, whole)
+        return self._piece([*head, *ids], labelled, (len(head) + len(ids),), record, kind, weights)
+
+    def _branches(self, record: Conversation, kind: int) -> Piece:
+        """Each turn as a conversation of its own; what all of them begin with is the trunk."""
+        head = self._head(record)
+        rows = [self._turns([turn]) for turn in record.turns]
+        shared = min(answers[0].start for _, answers in rows) - 1  # what predicts an answer's first token is its own
+        first = rows[0][0]
+        for ids, _ in rows[1:]:
+            same = next((k for k, (a, b) in enumerate(zip(first, ids, strict=False)) if a != b), len(ids))
+            shared = min(shared, same)
+        tokens, lengths, labelled, weights = [*head, *first[:shared]], [len(head) + shared], [], []
+        for number, (ids, (answer,)) in enumerate(rows):
+            own = ids[shared : answer.stop]
+            if len(tokens) + len(own) > self.max_length:
+                continue
+            start = len(tokens) - shared
+            labelled.append(np.arange(start + answer.start, start + answer.stop))
+            weights.append(np.full(len(answer), self._weight(record, number), np.float32))
+            tokens += own
+            lengths.append(len(own))
+        if not labelled:
+            raise BadRowError(
+                "too long", f"{record.name}: no turn fits {self.max_length:,} positions; raise max_length"
+            )
+        return self._piece(tokens, np.concatenate(labelled), tuple(lengths), record, kind, np.concatenate(weights))
+
+    def _turns(self, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[range]]:
+        """Token ids of a conversation without BOS, and which of them each answer with its stop text is."""
+        text, spans = "", []
+        for number, (question, answer) in enumerate(turns):
+            text += conversation_prompt([(question, None)], system=SYSTEM if number == 0 else "")
+            spans.append((len(text), len(text) + len(f" {answer}{STOP}")))
+            text += f" {answer}\n"
+        ids, starts = self._encode(text + STOP[1:])
+        # A token belongs to an answer if its last character does: the blank before the answer goes with it.
+        return ids, [range(*np.searchsorted(starts, span, side="right")) for span in spans]
+
+    def _encode(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Ids of a text, and where in it each token ends."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"], np.array([end for _, end in encoded["offset_mapping"]], np.int64)
+
+    def _weight(self, record: Conversation, turn: int) -> float:
+        return record.weights[turn] if record.weights else 1.0
+
+    def _weights(self, record: Conversation, answers: Sequence[range]) -> np.ndarray:
+        parts = [np.full(len(answer), self._weight(record, turn), np.float32) for turn, answer in enumerate(answers)]
+        return np.concatenate(parts)
+
+    def _piece(
+        self,
+        ids: list[int],
+        labelled: np.ndarray,
+        lengths: tuple[int, ...],
+        record: Conversation,
+        kind: int,
+        weights: np.ndarray | None = None,
+    ) -> Piece:
+        array = np.array(ids, np.int64)
+        targets = np.full(len(ids), IGNORED, np.int64)
+        targets[labelled - 1] = array[labelled]
+        given = np.zeros(len(ids), np.float32)
+        given[labelled - 1] = 1.0 if weights is None else weights
+        targets[given == 0] = IGNORED
+        return Piece(array, targets, given, lengths, record.picture, kind, record.name)
+
+
+def text_pieces(tokens: np.ndarray, bos: int | None, kind: int, name: str) -> list[Piece]:
+    """[n + 1] neighbouring tokens of a corpus -> pieces of n tokens together: documents begin with BOS and see only
+    themselves. BOS is given, never said."""
+    ids, targets = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
+    starts = [0] if bos is None else [0, *(np.flatnonzero(ids[1:] == bos) + 1)]
+    targets = np.where(targets == bos, IGNORED, targets)
+    weights = (targets != IGNORED).astype(np.float32)
+    return [
+        Piece(ids[a:b], targets[a:b], weights[a:b], (int(b - a),), None, kind, name)
+        for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)
+    ]
