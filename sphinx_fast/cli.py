@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the file's, dotted")
     train.add_argument("--dry-run", action="store_true", help="print parameters, memory and steps, and train nothing")
-    train.add_argument("--processes", type=int, default=1, metavar="N", help="GPUs that a dry run is about")
+    train.add_argument("--processes", type=int, default=1, metavar="N", help="to start on this machine, a GPU each")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
     train.set_defaults(run=run_train)
 
@@ -177,13 +177,13 @@ def run_train(args: argparse.Namespace) -> int:
     from sphinx_fast.train.settings import read_settings
 
     settings = read_settings(args.stage, args.config, args.overrides)
-    from sphinx_fast.train import command
+    from sphinx_fast.train import command, launch
 
     with _notes_on_stderr():
         if args.dry_run:
             print(command.dry_run(settings, args.processes))
         else:
-            print(command.run(settings, progress=not args.quiet))
+            print(launch.launch(settings, args.processes, progress=not args.quiet))
     return 0
 
 

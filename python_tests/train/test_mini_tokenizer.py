@@ -6,13 +6,15 @@ from random import Random
 import pytest
 import sentencepiece
 
+from sphinx_fast.data.record import Conversation
 from sphinx_fast.data.scene_questions import corpus, questions
 from sphinx_fast.data.scenes import scene
 from sphinx_fast.infer import EMBEDDED_MODEL
+from sphinx_fast.model import SphinxProcessor, preset
 from sphinx_fast.model.conversation import SYSTEM
 from sphinx_fast.model.tokenizer import SphinxTokenizer
-from sphinx_fast.train.mini_rows import RowMaker
 from sphinx_fast.train.mini_tokenizer import coordinates, write_tokenizer
+from sphinx_fast.train.pieces import IGNORED, PieceMaker
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +53,11 @@ def test_embedded_tokenizer_agrees_with_sentencepiece_on_2000_texts():
 def test_prompt_then_answer_is_the_conversation(written):
     """The tokens that are asked with are the tokens that were trained: no piece runs across the end of the prompt."""
     pieces, tokenizer = readers(written)
-    maker = RowMaker(tokenizer, 5, 900, 100)
+    maker = PieceMaker(SphinxProcessor.from_config(preset("sphinx-mini"), tokenizer), 900)
     drawn = scene(3, split="validation")
     for question in questions(drawn, Random(0)):
-        ids, prompt = maker.block(question)
+        piece = maker.conversation(Conversation(((question.prompt, question.answer),)))
+        first = int((piece.targets != IGNORED).argmax()) + 1
         asked = pieces.encode(f"{SYSTEM}### Human: {question.prompt}\n### Assistant:")
-        assert maker.prefix[6:] + ids[:prompt] == asked
-        assert pieces.decode(ids[prompt:]).strip() == f"{question.answer}\n###"
+        assert piece.ids[1:first].tolist() == asked
+        assert pieces.decode(piece.ids[first:].tolist()).strip() == f"{question.answer}\n###"

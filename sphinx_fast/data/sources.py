@@ -23,6 +23,7 @@ from sphinx_fast.data.annotations import annotated
 from sphinx_fast.data.chat import llava, openai
 from sphinx_fast.data.record import BadRowError, Source
 from sphinx_fast.data.rows import Joined, Paths, Reader, extra, files, one_line, opening
+from sphinx_fast.data.scene_source import Scenes
 from sphinx_fast.data.shards import Shard
 from sphinx_fast.data.tables import Table
 
@@ -30,6 +31,7 @@ MOST_BAD = 0.05  # share of bad rows above which a source is refused ...
 FEW_BAD = 10  # ... unless they are this few
 BESIDE = ("annotations", "instances", "images", "ocr", "names")  # options that are files
 
+DRAWN = ("scenes",)  # types that read no file: their path is not looked at
 _READERS: dict[str, Callable[..., Reader]] = {
     "llava": llava,
     "sharegpt": llava,
@@ -39,6 +41,7 @@ _READERS: dict[str, Callable[..., Reader]] = {
     "webdataset": Shard,
     "parquet": Table,
     "classes": answers.classes,
+    "scenes": Scenes,
 }
 _RECIPES: dict[str, Callable[..., Any]] = {
     "detection": coco.detection,
@@ -89,7 +92,7 @@ def open_source(type: str, path: Paths, *, root: str | Path | None = None, **opt
     for key in BESIDE:
         if options.get(key) is not None:
             files(options[key])
-    found = files(path)
+    found = files(path) if type not in DRAWN else [Path(type)]
     sources = [SOURCES[type](file, Path(root) if root is not None else file.parent, **options) for file in found]
     return sources[0] if len(sources) == 1 else Joined(f"{found[0].name} and {len(found) - 1} more", sources)
 

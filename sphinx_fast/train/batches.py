@@ -17,6 +17,7 @@ from sphinx_fast.image.decode import PictureError, load_picture
 from sphinx_fast.train.order import Mixture, mixed, permuted
 from sphinx_fast.train.packing import Row, make_row, pack
 from sphinx_fast.train.pieces import Piece, text_pieces
+from sphinx_fast.train.pointer import BoxFinder
 from sphinx_fast.train.text import TokenFile
 
 MakePiece = Callable[[Conversation, int], Piece]
@@ -93,9 +94,10 @@ class Steps(Dataset[Batch]):
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
+        finder: BoxFinder | None = None,
     ) -> None:
         self.streams, self.image_processor, self.max_length = list(streams), image_processor, max_length
-        self.seed, self.rank, self.world = seed, rank, world
+        self.seed, self.rank, self.world, self.finder = seed, rank, world, finder
 
     def __getitem__(self, step: int) -> Batch:
         batch = Batch(step, [], 0, 0)
@@ -122,7 +124,12 @@ class Steps(Dataset[Batch]):
                     _note(batch, BadRowError("no picture" if missing else "picture", f"{piece.name}: {error}"))
                     continue
             kept.append(piece)
-        return make_row(kept, torch.cat(views) if views else None) if kept else None
+        if not kept:
+            return None
+        row = make_row(kept, torch.cat(views) if views else None)
+        if self.finder is not None:
+            row.pointers, row.pointed = self.finder(row)
+        return row
 
     def _views(self, piece: Piece, step: int) -> Tensor:
         """The picture's views. A transform that draws, draws by (seed, step, row), whoever computes it."""

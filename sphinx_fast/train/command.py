@@ -1,4 +1,4 @@
-"""`sphinx-fast train`: settings from the command line, then a run or what it would need."""
+"""`sphinx-fast train --dry-run`: what a run would be."""
 
 from __future__ import annotations
 
@@ -44,14 +44,3 @@ def dry_run(settings: Settings, world: int) -> str:
     epochs = f", {length.steps / length.steps_per_epoch:.2f} epochs" if data else ""
     lines.append(f"steps       {length.steps:,}{epochs}; {world} process{'es' if world > 1 else ''}")
     return "\n".join(lines)
-
-
-def run(settings: Settings, *, progress: bool = True) -> str:
-    """Train; returns one line about the result."""
-    from sphinx_fast.train.training import Training
-
-    training = Training(settings, progress=progress)
-    folder = training.run()
-    skipped = f", {training.skipped} updates skipped" if training.skipped else ""
-    bad = f", {training.bad.total()} bad rows skipped" if training.bad else ""
-    return f"{folder}: {training.step:,} steps{skipped}{bad}"

@@ -31,7 +31,7 @@ def mean_loss(model: Any, learner: Learner, machine: Machine, batch: Batch) -> f
     for index in range(batch.rounds):
         row = (batch.rows[index] if index < len(batch.rows) else nothing()).to(machine.device)
         weights = row.weights[row.targets != IGNORED]
-        total, _ = learner(row, see(model, row.pixel_values), weights)
+        total, *_ = learner(row, see(model, row.pixel_values), weights)
         sums += torch.stack([total.float(), weights.sum()])
     sums = machine.summed(sums)
     return float(sums[0] / sums[1].clamp(min=1e-12))

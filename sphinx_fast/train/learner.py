@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from sphinx_fast.model.attention import NAME
-from sphinx_fast.model.packed import Pass
 from sphinx_fast.model.sphinx import SphinxForConditionalGeneration
 from sphinx_fast.train.loss import SoftLabels, head_cross_entropy
 from sphinx_fast.train.packing import Packed, Row
 from sphinx_fast.train.pieces import IGNORED
+from sphinx_fast.train.pointer import Pointing
 from sphinx_fast.train.settings import LoraSettings
 from sphinx_fast.vision.tower import VisionFeatures
 
@@ -29,23 +29,23 @@ class Learner(nn.Module):
         self.fusion: Any = model.model.fusion
         self.language_model: Any = model.model.language_model
         self.lm_head: Any = model.lm_head
-        self.image_token_id = model.config.image_token_id
+        self.config = model.config
         self.soft = soft
         # Not only while a pass runs: recomputed activations ask for it in the backward pass.
         self.language_model.config._attn_implementation = NAME
 
     def forward(
-        self, row: Row, features: VisionFeatures | None, coefficients: Tensor, attention: Pass | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Sum of coefficients * cross-entropy, and the cross-entropy of every target [N].
+        self, row: Row, features: VisionFeatures | None, coefficients: Tensor, pointing: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum of coefficients * cross-entropy, the cross-entropy of every target [N], and of every pointer [K].
 
         Args:
             row: T tokens.
             features: of the row's views, None: it has no picture.
             coefficients: [N] of the row's N targets, in order.
-            attention: of the row; default: its pieces apart.
+            pointing: coefficient of every pointer's loss (train/pointer.py), which is added; None: there are none.
         """
-        placeholders = row.input_ids == self.image_token_id
+        placeholders = row.input_ids == self.config.image_token_id
         embeddings = self.language_model.get_input_embeddings()(row.input_ids.masked_fill(placeholders, 0))
         unused = None
         if features is not None:
@@ -54,15 +54,18 @@ class Learner(nn.Module):
         elif self.training:
             # Every process must give every weight a gradient, or the reductions of a sharded run do not match.
             unused = sum((p.sum() * 0.0 for p in self.fusion.parameters() if p.requires_grad), torch.zeros(()))
-        attention = attention or Packed(row.lengths, row.positions)
+        attention = Packed(row.lengths, row.positions) if pointing is None else Pointing(row, self.config)
         hidden = attention.run(self.language_model, embeddings)
         asked = row.targets != IGNORED
         loss, losses = head_cross_entropy(
             hidden[asked], self.lm_head.weight, row.targets[asked], coefficients, self.soft
         )
+        pointed = attention.losses if isinstance(attention, Pointing) else losses[:0]
+        if pointing is not None:
+            loss = loss + pointing * pointed.sum()
         if unused is not None:
             loss = loss + unused.to(loss)
-        return loss, losses
+        return loss, losses, pointed.detach()
 
 
 @torch.no_grad()

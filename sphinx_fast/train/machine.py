@@ -93,10 +93,11 @@ class Machine:
         """Gradients over all processes, where FSDP has not done it."""
         if self.shard or self.world == 1:
             return
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            distributed.all_reduce(parameter.grad)
+        learning = list(parameters)
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in learning])
+        distributed.all_reduce(flat)  # one message
+        for parameter, part in zip(learning, flat.split([p.numel() for p in learning]), strict=True):
+            parameter.grad = part.view_as(parameter)
 
     def summed(self, tensor: Tensor) -> Tensor:
         """A small tensor summed over all processes."""

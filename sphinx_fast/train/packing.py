@@ -4,7 +4,7 @@ padding."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ class Row:
     """T tokens of one or more pieces, a batch of one for the language model.
 
     input_ids, targets, weights, kinds, positions [T]; `lengths`: per piece its trunk and branches; `pixel_values`
-    [views, 3, s, s] of the pictures in order, or None; `names` of the pieces.
+    [views, 3, s, s] of the pictures in order, or None; `names` of the pieces. `pointers` [K], `pointed` [K, 4]: where
+    a coordinate of a box is to be said, and that box (train/pointer.py).
     """
 
     input_ids: Tensor
@@ -39,6 +40,8 @@ class Row:
     lengths: tuple[tuple[int, ...], ...]
     names: tuple[str, ...]
     pixel_values: Tensor | None = None
+    pointers: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    pointed: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
 
     def to(self, device: torch.device) -> Row:
         """The same row with its tensors on a device."""

@@ -28,6 +28,7 @@ from sphinx_fast.train.machine import Machine
 from sphinx_fast.train.order import Mixture
 from sphinx_fast.train.packing import Row
 from sphinx_fast.train.pieces import PieceMaker
+from sphinx_fast.train.pointer import BoxFinder, coordinate_ids
 from sphinx_fast.train.schedule import Schedule
 from sphinx_fast.train.settings import DataSettings, Settings, Stage1, Stage2
 from sphinx_fast.train.text import TokenFile, fingerprint, write_tokens
@@ -70,6 +71,11 @@ class Parts:
     kinds: tuple[str, ...]
     kind_weights: Tensor
     data_mark: str
+
+    @property
+    def points(self) -> bool:
+        """Whether attention is taught to point; that is the last kind then."""
+        return self.kinds[-1] == "pointer"
 
     def see(self, row: Row) -> VisionFeatures | None:
         """What the frozen encoders see of a row's pictures."""
@@ -218,7 +224,9 @@ def _streams(
     stream = record_stream(settings, data, processor) if data else None
     if isinstance(settings, Stage2):
         assert stream is not None
-        return [stream], ("answer",), (1.0,)
+        if not settings.pointer_weight:
+            return [stream], ("answer",), (1.0,)
+        return [stream], ("answer", "pointer"), (1.0, settings.pointer_weight)
     assert isinstance(settings, Stage1)
     streams: list[Records | Texts] = []
     kinds: list[tuple[str, float]] = []
@@ -245,6 +253,7 @@ def token_file(settings: Stage1, machine: Machine, tokenizer: Any, progress: boo
 
 
 def _steps(streams: Sequence[Records | Texts], settings: Settings, machine: Machine, processor: Any) -> Steps:
+    points = isinstance(settings, Stage2) and settings.pointer_weight
     return Steps(
         streams,
         processor.image_processor,
@@ -252,6 +261,7 @@ def _steps(streams: Sequence[Records | Texts], settings: Settings, machine: Mach
         seed=settings.seed,
         rank=machine.rank,
         world=machine.world,
+        finder=BoxFinder(processor.tokenizer) if points else None,
     )
 
 
@@ -278,15 +288,3 @@ def soft_labels(settings: Settings, processor: Any, vocabulary: int) -> SoftLabe
     if ids is None:
         raise ValueError("coordinate_softness: this tokenizer writes 0.37 as several tokens")
     return SoftLabels(torch.tensor(ids), vocabulary, softness)
-
-
-def coordinate_ids(tokenizer: Any) -> list[int] | None:
-    """Ids of 0.00 .. 1.00, None where one of them is several tokens."""
-    ids = []
-    for k in range(101):
-        encoded = tokenizer(f"[{k / 100:.2f}", add_special_tokens=False)["input_ids"]
-        single = tokenizer.convert_tokens_to_ids(f"{k / 100:.2f}")
-        if single is None or single == tokenizer.unk_token_id or encoded[-1] != single:
-            return None
-        ids.append(single)
-    return ids

@@ -10,10 +10,8 @@ Plain .npy files, so that several processes map the same pages:
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +132,3 @@ def draw_pool(folder: Path, scenes: int, vision: SphinxVisionConfig, first: int 
 def load_pool(folder: Path) -> dict[str, np.ndarray]:
     """The arrays of a pool, memory-mapped."""
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in NAMES}
-
-
-def light_scenes(first: int, count: int) -> Iterator[Scene]:
-    """Scenes of the seeds without their pixels: enough to ask questions, small enough to keep thousands."""
-    for seed in range(first, first + count):
-        drawn = scene(seed, split="train")
-        shape = drawn.picture.shape
-        yield replace(drawn, picture=np.broadcast_to(np.uint8(0), shape), ids=np.broadcast_to(np.uint8(0), shape[:2]))

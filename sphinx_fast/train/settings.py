@@ -24,7 +24,7 @@ class DataSettings:
     """One data set: see docs/data.md for the types. `ratio`: share of its rows seen in an epoch (2: each twice).
     `options` go to the reader."""
 
-    path: Any
+    path: Any = ()
     type: str = "llava"
     root: str | None = None
     ratio: float = 1.0
@@ -322,5 +322,9 @@ def _check(settings: Settings, where: str) -> None:
         need(settings.text_length <= settings.max_length, "text_length: expected at most max_length")
         need(settings.pairs > 0 or settings.epochs is None, "epochs are of pairs: give steps")
     if isinstance(settings, Stage2):
+        need(
+            not settings.pointer_weight or not settings.scale.checkpoint,
+            "pointer_weight: not with scale.checkpoint, which computes attention twice",
+        )
         need(bool(sources), "data: at least one data set is needed")
         need(settings.batch >= 1, "batch: expected at least 1")

@@ -172,9 +172,11 @@ class Training:
         culprits: list[str] = []
         for index in range(batch.rounds):
             row = rows[index] if index < len(rows) else nothing().to(self.machine.device)
-            losses = self._backward(row, coefficients)
+            losses, pointed = self._backward(row, coefficients)
             asked = row.targets != IGNORED
             sums.index_add_(0, row.kinds[asked], (losses * row.weights[asked]).to(sums.dtype))
+            if self.parts.points:
+                sums[-1] += pointed.sum()
             if not bool(losses.isfinite().all()):
                 culprits += row.names
         learning = list(self.parameters.values())
@@ -204,19 +206,23 @@ class Training:
         for row in batch.rows:
             asked = row.targets != IGNORED
             message[:kinds].index_add_(0, row.kinds[asked], row.weights[asked].double())
+            message[kinds - 1] += len(row.pointers)  # none, but where they are the last kind
         message[kinds:] = torch.tensor([batch.read, *(batch.bad[kind] for kind in BAD_ROWS)])
         message = self.machine.summed(message.to(self.machine.device)).cpu()
         self.read += int(message[kinds])
         self.bad.update({kind: int(count) for kind, count in zip(BAD_ROWS, message[kinds + 1 :], strict=True) if count})
         return message[:kinds].float().to(self.machine.device), [row.to(self.machine.device) for row in batch.rows]
 
-    def _backward(self, row: Row, coefficients: Tensor) -> Tensor:
-        """Gradients of one row; returns the losses of its targets."""
+    def _backward(self, row: Row, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of one row; returns the losses of its targets and of its pointers."""
         asked = row.targets != IGNORED
-        each = coefficients[row.kinds[asked]] * row.weights[asked] * self.machine.gradient_scale
-        loss, losses = self.learner(row, self.parts.see(row), each)
+        coefficients = coefficients * self.machine.gradient_scale
+        each = coefficients[row.kinds[asked]] * row.weights[asked]
+        loss, losses, pointed = self.learner(
+            row, self.parts.see(row), each, coefficients[-1] if self.parts.points else None
+        )
         loss.backward()
-        return losses
+        return losses, pointed
 
     def _stop_if_harmed(self) -> None:
         bad = self.bad.total()

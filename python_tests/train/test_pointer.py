@@ -1,0 +1,121 @@
+"""The pointer's loss is the attention on the box, wherever a piece lies in its row."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from training_data import tiny_processor
+
+from sphinx_fast import EMBEDDED_MODEL, SphinxForConditionalGeneration, SphinxProcessor, preset
+from sphinx_fast.data.record import Conversation
+from sphinx_fast.data.scene_source import Scenes
+from sphinx_fast.data.scene_targets import dense_targets
+from sphinx_fast.data.scenes import scene
+from sphinx_fast.train.learner import Learner
+from sphinx_fast.train.packing import make_row
+from sphinx_fast.train.pieces import IGNORED, Piece, PieceMaker
+from sphinx_fast.train.pointer import HEADS, BoxFinder, Pointing, coordinate_ids
+
+PROCESSOR = SphinxProcessor.from_pretrained(EMBEDDED_MODEL)
+FINDER = BoxFinder(PROCESSOR.tokenizer)
+CONFIG = preset("sphinx-mini")
+
+
+def piece(*turns: tuple[str, str], independent: bool = False, picture: bool = True) -> Piece:
+    record = Conversation(turns, Path("p.png") if picture else None, "row")
+    return PieceMaker(PROCESSOR, 2000, independent).conversation(record)
+
+
+BOX = "[0.10,0.20,0.30,0.45]"
+REFER = ("where is the red circle?", BOX)
+SAID = ("what is in [0.50,0.50,0.90,0.90]?", "a word")
+MANY = ("all?", f"circle{BOX}, word[0.00,0.00,1.00,1.00];[0.20,0.20,0.21,0.21] person[0.10,0.20]")
+
+
+def test_boxes_are_found_where_they_are_to_be_said() -> None:
+    row = make_row([piece(SAID, REFER), piece(MANY, picture=False)])
+    places, boxes = FINDER(row)
+    assert boxes[::4].tolist() == [
+        pytest.approx(box)
+        for box in ([0.1, 0.2, 0.3, 0.45], [0.1, 0.2, 0.3, 0.45], [0, 0, 1, 1], [0.2, 0.2, 0.21, 0.21])
+    ]
+    said = [PROCESSOR.tokenizer.convert_ids_to_tokens(int(row.targets[place])) for place in places]
+    assert said[:4] == ["0.10", "0.20", "0.30", "0.45"] and len(said) == 16
+
+
+def test_the_loss_is_the_attention_on_the_patches_of_the_box() -> None:
+    """Against transformers' own attention weights, each conversation alone."""
+    torch.manual_seed(0)
+    model = SphinxForConditionalGeneration(CONFIG).eval()
+    visual = torch.randn(2, CONFIG.vision_config.tokens_per_picture, CONFIG.text_config.hidden_size)
+    questions = [REFER, MANY, SAID]
+    row = make_row([piece(*questions, independent=True), piece(REFER)])
+    row.pointers, row.pointed = FINDER(row)
+    pointing = Pointing(row, CONFIG)
+    with torch.no_grad():
+        embeddings = model.model.splice(row.input_ids, visual)
+        pointing.run(model.model.language_model, embeddings)
+    model.set_attn_implementation("eager")
+    expected = []
+    for picture, turn in ((0, REFER), (0, MANY), (1, REFER)):
+        alone = make_row([piece(turn)])
+        with torch.no_grad():
+            outputs = model.model(
+                input_ids=alone.input_ids[None], visual_tokens=visual[picture], output_attentions=True
+            )
+        weights = outputs.attentions[pointing.layer][0, list(HEADS)]
+        places, boxes = FINDER(alone)
+        patches = weights[:, places][..., 1 + pointing.before :][..., : pointing.patches]
+        expected.append(-(patches * pointing.targets(boxes)).sum(-1).log().mean(0))
+    torch.testing.assert_close(pointing.losses, torch.cat(expected))
+
+
+def test_the_patches_of_a_box_are_those_its_owner_has() -> None:
+    drawn = scene(0)
+    row = make_row([piece(REFER)])
+    boxes = torch.tensor([drawn.square_box(thing.box) for thing in drawn.things])
+    owned = Pointing(row, CONFIG).targets(boxes).any(0)
+    assert torch.equal(owned.view(6, 6), torch.from_numpy(dense_targets(drawn, 6)["thing"] > 0))
+
+
+def test_it_reaches_queries_and_keys_and_counts_in_the_loss() -> None:
+    torch.manual_seed(0)
+    model = SphinxForConditionalGeneration(CONFIG)
+    row = make_row([piece(REFER), piece(REFER, picture=False)])
+    row.pointers, row.pointed = FINDER(row)
+    features = model.model.vision_tower(torch.zeros(5, 3, 96, 96))
+    ones = torch.ones(int((row.targets != IGNORED).sum()))
+    learner = Learner(model)
+    plain, _, none = learner(row, features, ones)
+    loss, _, pointed = learner(row, features, ones, torch.tensor(0.5))
+    assert none.shape == (0,) and pointed.shape == (8,)
+    assert (pointed[:4] > 0).all() and not pointed[4:].any(), "without a picture there is nothing to look at"
+    assert math.isclose(loss.item(), (plain + 0.5 * pointed.sum()).item(), rel_tol=1e-6)
+    (loss - plain).backward()
+    attention = model.model.language_model.layers[2].self_attn
+    assert attention.q_proj.weight.grad is not None and attention.q_proj.weight.grad.any()
+    assert not attention.o_proj.weight.grad.any()
+
+
+def test_a_tokenizer_without_coordinates() -> None:
+    assert coordinate_ids(tiny_processor().tokenizer) is None
+    ids = coordinate_ids(PROCESSOR.tokenizer)
+    assert ids is not None and len(set(ids)) == 101
+    with pytest.raises(ValueError, match="several tokens"):
+        BoxFinder(tiny_processor().tokenizer)
+
+
+def test_scenes_are_rows() -> None:
+    data = Scenes(Path("scenes"), Path(), count=5, start=7)
+    assert len(data) == 5
+    rows = [data[k] for k in range(5)]
+    assert rows[2] == data[2] and rows[0].name == "scenes:7"
+    assert all(len(row.turns) == len(row.weights) and set(row.weights) <= {0.5, 1.0, 1.5, 2.0} for row in rows)
+    captions = Scenes(Path("scenes"), Path(), count=5, captions=True)[0]
+    assert captions.turns[0][0] == "" and captions.turns[0][1] and captions.weights == ()
+    for wrong in ({"count": -1}, {"most": 0}, {"start": -2}):
+        with pytest.raises(ValueError, match="scenes: expected"):
+            Scenes(Path("scenes"), Path(), **wrong)

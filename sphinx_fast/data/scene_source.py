@@ -1,0 +1,92 @@
+"""Drawn scenes as training data: type `scenes`. Nothing is read from a disk; row i is scene `start + i`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from random import Random
+
+from PIL import Image
+
+from sphinx_fast.data.record import Conversation
+from sphinx_fast.data.rows import Reader
+from sphinx_fast.data.scene_questions import Question, questions
+from sphinx_fast.data.scenes import Scene, scene
+
+ROUNDS = 4  # times a scene is asked for questions; a question that comes up again is dropped
+SHARES: Mapping[str, float] = {  # of a task's questions, how many are kept in a round
+    "vqa": 0.5,
+    "refer": 1.0,
+    "read": 0.5,
+    "region_description": 0.15,
+    "caption": 0.1,
+    "relation": 0.12,
+    "detect_category": 0.1,
+    "detect_all": 0.05,
+    "text_boxes": 0.25,
+    "defect": 0.5,
+    "key_points": 0.12,
+    "grounded_caption": 0.03,
+}
+WEIGHTS = {"vqa": 2.0, "refer": 1.5, "read": 1.0, "relation": 1.0}  # of a task's answers in the loss
+OTHER_WEIGHT = 0.5
+
+
+class Scenes(Reader):
+    """Questions about scenes start .. start + count - 1 of the training split, several kinds about each.
+
+    Args:
+        count: scenes.
+        start: the first one's seed.
+        most: questions about one scene.
+        open_share: of the short questions, how many come without "Answer the question using a single word or phrase."
+        captions: one caption without a question in place of the questions: what stage 1 reads.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        root: Path,
+        *,
+        count: int = 1000,
+        start: int = 0,
+        most: int = 12,
+        open_share: float = 0.2,
+        captions: bool = False,
+    ) -> None:
+        if count < 0 or start < 0 or most < 1:
+            raise ValueError(
+                f"scenes: expected count and start of at least 0 and most of 1, got {count}, {start}, {most}"
+            )
+        self.name, self.count, self.start = "scenes", count, start
+        self.most, self.open_share, self.captions = most, open_share, captions
+
+    def __len__(self) -> int:
+        return self.count
+
+    def _read(self, index: int) -> Conversation:
+        seed = self.start + index
+        drawn, rng = scene(seed, split="train"), Random(seed)
+        picked = self._captions(drawn, rng) if self.captions else self.pick(drawn, rng)
+        turns = tuple((question.prompt, question.answer) for question in picked)
+        weights = tuple(WEIGHTS.get(question.task, OTHER_WEIGHT) for question in picked)
+        file = io.BytesIO()
+        Image.fromarray(drawn.picture).save(file, "PNG", compress_level=1)
+        return Conversation(turns, file.getvalue(), f"scenes:{seed}", () if self.captions else weights)
+
+    def pick(self, drawn: Scene, rng: Random) -> list[Question]:
+        """Questions about a scene, several of each short kind, in random order."""
+        found: dict[str, Question] = {}
+        for _ in range(ROUNDS):
+            for question in questions(drawn, rng, open_share=self.open_share):
+                if rng.random() < SHARES[question.task]:
+                    found.setdefault(question.prompt, question)
+        picked = list(found.values()) or questions(drawn, rng)  # an empty scene may have had no luck
+        rng.shuffle(picked)
+        return picked[: self.most]
+
+    @staticmethod
+    def _captions(drawn: Scene, rng: Random) -> list[Question]:
+        caption = next(q for q in questions(drawn, rng) if q.task == "caption")
+        return [Question("caption", "", "", caption.answer)]
