@@ -50,6 +50,19 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--quiet", action="store_true", help="no progress bar")
     convert.set_defaults(run=run_convert)
 
+    data = verbs.add_parser(
+        "data",
+        help="any data set -> LLaVA's JSON lines, that training reads",
+        usage="sphinx-fast data TYPE PATH [PATH ...] OUT.jsonl [--root FOLDER] [--option key=value ...] [--quiet]"
+        " | --list",
+    )
+    data.add_argument("words", nargs="*", metavar="TYPE PATH OUT.jsonl", help="one of the types, files, a new file")
+    data.add_argument("--list", action="store_true", help="print the types and their options")
+    data.add_argument("--root", metavar="FOLDER", help="that pictures are named from (default: beside each file)")
+    data.add_argument("--option", action="append", default=[], metavar="key=value", help="of the type")
+    data.add_argument("--quiet", action="store_true", help="no progress bar")
+    data.set_defaults(run=run_data)
+
     train = verbs.add_parser("train", help="train or fine-tune: stage1 or stage2 of the paper, from a YAML file")
     train.add_argument("stage", choices=("stage1", "stage2"))
     train.add_argument("config", metavar="CONFIG.yaml")
@@ -172,6 +185,13 @@ def run_convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_data(args: argparse.Namespace) -> int:
+    """`sphinx-fast data`."""
+    from sphinx_fast.data import command
+
+    return command.run(args)
+
+
 def run_train(args: argparse.Namespace) -> int:
     """`sphinx-fast train`."""
     from sphinx_fast.train.settings import read_settings
@@ -205,7 +225,13 @@ def run_doctor(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: exit status 0, 1 with one line on stderr, 130 after Ctrl-C."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse ends a list of words at the next option: settings may stand behind one too.
+    if rest and (args.verb != "train" or not all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     try:
         return int(args.run(args))
     except (ValueError, OSError) as error:

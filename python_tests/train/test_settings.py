@@ -31,6 +31,8 @@ def test_stage_two_is_the_papers() -> None:
     assert (made.batch, made.max_length, made.epochs, made.steps) == (128, 3072, 1.0, None)
     optimizer = made.optimizer
     assert (optimizer.rate, optimizer.min_rate, optimizer.warmup_epochs, optimizer.weight_decay) == (2e-5, 0, 0.03, 0.1)
+    released = make_settings("stage2", {**TWO, "preset": "released", "optimizer": {"warmup_steps": 3}})
+    assert (released.optimizer.warmup_steps, released.optimizer.warmup_epochs) == (3, None)
     released = make_settings("stage2", {**TWO, "preset": "released"})
     assert released.optimizer.weight_decay == 0.0
     assert released.optimizer.warmup_epochs == 0.03
@@ -101,6 +103,9 @@ def test_overrides(tmp_path: Path) -> None:
     assert [entry.ratio for entry in made.data] == [1.0, 0.5]
     assert (made.optimizer.rate, made.steps, made.scale.checkpoint) == (1e-4, 9, True)
     assert made.lora is not None and made.lora.rank == 4
+    file.write_text(file.read_text() + "epochs: 2\n")
+    assert read_settings("stage2", file, ["steps=9"]).epochs is None, "the command line decides"
+    assert read_settings("stage2", file).epochs == 2
     for wrong in ("data.2.ratio=1", "steps", "out.x=1", "data.1.ratio=[", "steps=many"):
         with pytest.raises(ValueError):
             read_settings("stage2", file, [wrong])

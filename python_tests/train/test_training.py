@@ -300,6 +300,15 @@ def test_adapters(tmp_path: Path) -> None:
     assert torch.equal(after["lm_head.weight"], before["lm_head.weight"])
 
 
+def test_adapters_beside_half_precision(tmp_path: Path) -> None:
+    """What a GPU does: the language model and the encoders in bf16, adapters and fusion in fp32."""
+    run = training("stage2", tmp_path / "run", lora={"rank": 2}, scale={"dtype": "bfloat16"}, steps=3)
+    assert {parameter.dtype for parameter in run.parameters.values()} == {torch.float32}
+    assert run.parts.model.lm_head.weight.dtype == torch.bfloat16
+    run.run()
+    assert log(tmp_path / "run")[-1]["loss"] < 7
+
+
 def test_adapters_resume(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"lora": {"rank": 2, "dropout": 0.1}, "steps": 6, "save_every": 2}
     straight = training("stage2", tmp_path / "straight", **changes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from dataclasses import dataclass
 
@@ -11,11 +10,10 @@ import torch
 from sphinx_fast.model.config import SphinxConfig
 from sphinx_fast.train.settings import LoraSettings, Settings
 from sphinx_fast.weights.layout import on_disk_shapes
-from sphinx_fast.weights.quantize import human_bytes
+from sphinx_fast.weights.quantize import human_bytes, plan
 
 _MASTER = 4  # bytes of a weight that learns, of its gradient, and of each of its two moments
 _PER_TOKEN = 34  # activations a Llama block keeps, in widths of 16 bits (Korthikanti et al. 2022, attention recomputed)
-_QUANTIZED = {None: None, "int8": 1.0, "int4": 0.53, "nf4": 0.53}  # bytes a weight of the language model's blocks
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,8 @@ class Estimate:
     """Counts of parameters, and bytes on one process.
 
     learning, frozen   parameters by part of the model
-    weights            fp32 of what learns and the encoders' and other frozen weights in the computation's dtype
+    weights            fp32 of what learns and of what is frozen beside it; the encoders, and a language model under
+                       adapters, in the computation's dtype or quantised
     gradients, moments fp32, of what learns
     activations        of one packed row
     """
@@ -72,14 +71,17 @@ def estimate(config: SphinxConfig, settings: Settings, *, world: int, dtype: tor
         frozen["language_model"] = parts["language_model"]
     over = world if settings.scale.shard and settings.lora is None else 1
     learned = sum(learning.values())
-    size = dict.fromkeys(parts, float(dtype.itemsize))
-    size["language_model"] = _QUANTIZED[settings.quantize] or size["language_model"]
-    resting = int(sum(frozen[part] * size[part] for part in parts if part == "encoders"))
-    resting += int(sum(frozen[part] * size[part] for part in parts if part != "encoders")) // over
+    size = {"encoders": dtype.itemsize, "fusion": _MASTER, "language_model": _MASTER}
+    saved = 0
+    if settings.lora is not None:
+        size["language_model"] = dtype.itemsize
+        if settings.quantize is not None:
+            saved = plan(config, settings.quantize, settings.device or "cuda", dtype).saved_bytes(dtype)
+    beside = sum(frozen[part] * size[part] for part in parts if part != "encoders") - saved
     return Estimate(
         learning=learning,
         frozen=frozen,
-        weights=learned * _MASTER // over + resting,
+        weights=(learned * _MASTER + beside) // over + frozen["encoders"] * size["encoders"],
         gradients=learned * _MASTER // over,
         moments=2 * learned * _MASTER // over,
         activations=_activations(config, settings, dtype),
@@ -89,7 +91,7 @@ def estimate(config: SphinxConfig, settings: Settings, *, world: int, dtype: tor
 def _adapter(name: str, shape: tuple[int, ...], lora: LoraSettings) -> int:
     """Weights of the adapter beside a matrix, 0 where there is none."""
     module = name.removesuffix(".weight").rsplit(".", 1)[-1]
-    adapted = len(shape) == 2 and any(fnmatch.fnmatch(module, target) for target in lora.targets)
+    adapted = len(shape) == 2 and module in lora.targets
     return lora.rank * sum(shape) if adapted else 0
 
 

@@ -28,7 +28,11 @@ def write(target: Path, parts: Parts) -> Path:
     model is not written again: only its adapters and its fusion are, as `adapter/`.
     """
     settings = parts.settings
-    state = {name: _whole(tensor) for name, tensor in parts.model.state_dict().items()}
+    state = {}
+    for name, tensor in parts.model.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # all processes take part
+        if parts.machine.first:
+            state[name] = whole.detach().cpu()
     if not parts.machine.first:
         return target
     if settings.lora is not None:
@@ -57,11 +61,6 @@ def write(target: Path, parts: Parts) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
     return target
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A parameter on the CPU, gathered where it lies in parts."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
 
 
 def _processor(processor: Any, config: SphinxConfig) -> SphinxProcessor:

@@ -49,6 +49,8 @@ class Learner(nn.Module):
         embeddings = self.language_model.get_input_embeddings()(row.input_ids.masked_fill(placeholders, 0))
         unused = None
         if features is not None:
+            # Beside adapters the fusion stays in fp32 while the encoders compute in half precision.
+            features = features.to(self.fusion.patch_projection.linear.weight.dtype)
             visual_tokens = self.fusion(features).flatten(0, 1)
             embeddings = embeddings.masked_scatter(placeholders[:, None], visual_tokens.to(embeddings))
         elif self.training:

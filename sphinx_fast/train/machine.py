@@ -71,7 +71,7 @@ class Machine:
         blocks = list(learner.language_model.layers)
         if compiled:
             for block in blocks:
-                block.compile()
+                block.compile(dynamic=True)  # rows differ in length
         if not self.shard:
             return
         mesh = init_device_mesh(self.device.type, (self.world,))

@@ -117,6 +117,7 @@ class Packed(Pass):
         self._ends = torch.tensor([0, *counts], dtype=torch.int32, device=positions.device).cumsum(0, dtype=torch.int32)
         self._longest = max(counts)
 
+    @torch.compiler.disable  # lengths change with every row: compiled blocks break here instead of compiling anew
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         self.attended += 1
         if self.plain and flash_attn_varlen_func is not None and query.is_cuda and query.dtype != torch.float32:

@@ -17,6 +17,7 @@ from sphinx_fast.data.rows import files
 from sphinx_fast.data.sources import open_source, read_meta
 from sphinx_fast.data.tables import documents
 from sphinx_fast.infer.loading import SINGLE_VIEW, load
+from sphinx_fast.model.config import SphinxConfig
 from sphinx_fast.train import export
 from sphinx_fast.train.batches import Batch, MakePiece, Records, Steps, Texts
 from sphinx_fast.train.checkpoint import from_first
@@ -181,7 +182,10 @@ def _model(settings: Settings, machine: Machine) -> tuple[Any, Any]:
     The encoders are frozen, so they take the dtype of the computation; what learns stays in fp32.
     """
     device = torch.device("cpu") if machine.shard else machine.device  # sharding brings its part to the device
+    stored = SphinxConfig.from_pretrained(settings.model).dtype
     learns = machine.dtype if settings.lora is not None else torch.float32
+    if machine.shard and isinstance(stored, torch.dtype):
+        learns = stored  # fp32 comes block by block, as they are cut up
     size = settings.picture_size
     loaded = load(
         settings.model,

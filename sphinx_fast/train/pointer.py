@@ -80,6 +80,7 @@ class Pointing(Packed):
         self.middles, self.half = torch.stack([x, y], dim=-1).flatten(0, 1), 0.5 / vision.grid_size
         self.losses = torch.zeros(0, device=row.positions.device)
 
+    @torch.compiler.disable
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         if layer == self.layer and len(self.row.pointers):
             self.losses = self._look(query[0], key[0], scale)

@@ -149,10 +149,11 @@ class Stage2(Settings):
 
 
 STAGES: dict[str, type[Settings]] = {"stage1": Stage1, "stage2": Stage2}
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {  # of the optimizer
     "paper": {},
-    "released": {"optimizer": {"weight_decay": 0.0}},  # LLaMA2-Accessory's published fine-tuning script
+    "released": {"weight_decay": 0.0},  # LLaMA2-Accessory's published fine-tuning script
 }
+RIVALS = {"steps": "epochs", "warmup_steps": "warmup_epochs"}  # give one
 
 
 def read_settings(stage: str, path: str | Path, overrides: Sequence[str] = ()) -> Settings:
@@ -173,12 +174,14 @@ def read_settings(stage: str, path: str | Path, overrides: Sequence[str] = ()) -
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a table of settings")
+    named = {override.partition("=")[0] for override in overrides}
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign:
             raise ValueError(f"{override!r}: expected key=value")
         try:
             _place(content, key.split("."), yaml.safe_load(text), key)
+            _drop_rival(content, key, named)
         except yaml.YAMLError as error:
             raise ValueError(f"{override!r}: not a YAML value") from error
     return make_settings(stage, content, str(path))
@@ -194,15 +197,11 @@ def make_settings(stage: str, content: Mapping[str, Any], where: str = "settings
         raise ValueError(f"{where}: preset: expected one of {', '.join(PRESETS)}, got {name!r}")
     cls = STAGES[stage]
     defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(cls)}
-    for key, preset in PRESETS[name].items():
-        group = defaults[key]
-        content[key] = {**dataclasses.asdict(group), **preset, **_table(content.get(key) or {}, where, key)}
-    if isinstance(content.get("optimizer"), Mapping):
-        given = content["optimizer"]
-        base = {k: v for k, v in dataclasses.asdict(defaults["optimizer"]).items()}
-        if "warmup_steps" in given or "warmup_epochs" in given:
-            base |= {"warmup_steps": None, "warmup_epochs": None}
-        content["optimizer"] = {**base, **given}
+    given = _table(content.get("optimizer") or {}, where, "optimizer")
+    base = {**dataclasses.asdict(defaults["optimizer"]), **PRESETS[name]}
+    if given.keys() & {"warmup_steps", "warmup_epochs"}:
+        base |= {"warmup_steps": None, "warmup_epochs": None}
+    content["optimizer"] = {**base, **given}
     if "steps" in content and content["steps"] is not None and "epochs" not in content:
         content["epochs"] = None
     if "epochs" in content and content["epochs"] is not None and "steps" not in content:
@@ -236,6 +235,18 @@ def _place(content: Any, keys: list[str], value: Any, name: str) -> None:
                 content = content.setdefault(key, {})
         else:
             raise ValueError(f"{name}: {'.'.join(keys[:depth])} is a value, not a table")
+
+
+def _drop_rival(content: dict[str, Any], key: str, named: set[str]) -> None:
+    """steps=9 on the command line takes the place of the file's epochs."""
+    *groups, name = key.split(".")
+    rival = {**RIVALS, **{b: a for a, b in RIVALS.items()}}.get(name)
+    if rival is None or ".".join([*groups, rival]) in named:
+        return
+    table: Any = content
+    for group in groups:
+        table = table[group]
+    table.pop(rival, None)
 
 
 def _build(cls: type[T], content: Any, where: str, key: str) -> T:

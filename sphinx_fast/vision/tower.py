@@ -45,6 +45,11 @@ class VisionFeatures:
     parts: Sequence[Tensor]
     queries: Tensor | None
 
+    def to(self, dtype: torch.dtype) -> VisionFeatures:
+        """The same features in a dtype."""
+        queries = None if self.queries is None else self.queries.to(dtype)
+        return VisionFeatures([part.to(dtype) for part in self.parts], queries)
+
     @property
     def patches(self) -> Tensor:
         """The reference's layout [N, 1 + P, C], made anew: small maps repeated to the grid, channels concatenated."""
