@@ -51,7 +51,7 @@ LLAMA = {
 }  # fmt: skip
 # stage: (views, pieces with a picture, text pieces, their length, positions of a row); stage 1 in the paper's shares
 SHAPES = {
-    "cpu": {"stage1": (1, 6, 1, 614, 1024), "stage2": (5, 2, 4, 200, 2048)},
+    "cpu": {"stage1": (1, 6, 1, 614, 1024), "stage2": (5, 1, 2, 200, 2048)},
     "cuda": {"stage1": (1, 160, 8, 2048, 16384), "stage2": (5, 32, 32, 400, 16384)},
 }
 Call = Callable[[], object]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from tiny import GOLDEN
 
+from sphinx_fast import EMBEDDED_MODEL
 from sphinx_fast.data.scenes import scene
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +30,11 @@ def desk(tmp_path: Path) -> Path:
 
     Image.fromarray(scene(0).picture).save(tmp_path / "photo.jpg")
     shutil.copytree(GOLDEN / "llama_ens", tmp_path / "RELEASED_FOLDER")
+    for name in ("MODEL", "REAL", "SYN"):
+        shutil.copytree(EMBEDDED_MODEL, tmp_path / name)
+    row = {"image": "photo.jpg", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "it"}]}
+    (tmp_path / "talk.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    (tmp_path / "finetune.yaml").write_text(next(code for language, code in BLOCKS if language == "yaml"))
     return tmp_path
 
 
