@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input install -q -c constraints.txt
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help setup demo test lint format bench gpu mini clean
+.PHONY: help setup demo test endurance lint format bench gpu mini clean
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -39,6 +39,9 @@ demo: setup  ## answer questions about example pictures with the embedded model
 
 test: setup  ## every test that needs no GPU
 	$(PY) -m pytest -q -m "not gpu" -n $(WORKERS)
+
+endurance: setup  ## what training promises about kills, damage and bad rows, tried hundreds of times
+	$(PY) python_tests/endurance/training.py
 
 lint: $(VENV)/stamp-dev  ## ruff, mypy, clang-format: nothing is changed
 	$(VENV)/bin/ruff check .

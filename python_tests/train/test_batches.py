@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -162,3 +165,13 @@ def test_a_row_of_nothing_but_bad_pictures(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 4)
     batch: Batch = steps(tmp_path / "rows.jsonl", per_step=4)[0]
     assert batch.rows == [] and batch.rounds == 2 and batch.bad == Counter({"picture": 4})
+
+
+def test_workers_outlive_an_interruption() -> None:
+    """Ctrl-C reaches them too, and the step that they are read for is to be finished and saved."""
+    there = batches(steps(data_folder() / "talk.jsonl"), 0, 12, 2)
+    numbers = [next(there).step]
+    for worker in multiprocessing.active_children():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker.pid or 0, number)
+    assert [*numbers, *(batch.step for batch in there)] == list(range(12))

@@ -10,6 +10,7 @@ from random import Random
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from sphinx_fast.train import checkpoint
@@ -129,7 +130,7 @@ def test_tidy(tmp_path: Path) -> None:
         saved(tmp_path, step)
     (tmp_path / ".step-00000011.partial-99").mkdir()
     (tmp_path / "model").mkdir()
-    checkpoint.tidy(tmp_path, 2)
+    checkpoint.tidy(tmp_path, 2, tmp_path / "step-00000010")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "step-00000003", "step-00000010"]
 
 
@@ -150,3 +151,31 @@ def test_rows_lie_in_any_number_of_files(tmp_path: Path, files: int) -> None:
         for count in range(1, 6 - first):
             assert torch.equal(parts.read("a", first, count), whole[first : first + count])
     shutil.rmtree(tmp_path)
+
+
+def test_a_file_that_the_manifest_does_not_name(tmp_path: Path) -> None:
+    older, newer = saved(tmp_path, 3), saved(tmp_path, 7)
+    manifest = json.loads((newer / "manifest.json").read_text())
+    del manifest["optimizer-00000-of-00001.safetensors"]
+    (newer / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(WeightsError, match=r"optimizer-00000-of-00001\.safetensors: not in the manifest"):
+        checkpoint.verify(newer)
+    assert checkpoint.newest(tmp_path) == older
+
+
+def test_what_lies_behind_is_not_counted_as_kept(tmp_path: Path) -> None:
+    for step in (3, 5, 7):
+        saved(tmp_path, step)
+    (tmp_path / "step-00000007" / "state.json").unlink()
+    checkpoint.tidy(tmp_path, 1, tmp_path / "step-00000005")
+    assert [path.name for path in checkpoint.folders(tmp_path)] == ["step-00000005", "step-00000007"]
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="step-00000007: I/O error: No space left"):
+        saved(tmp_path, 7)
+    assert not list(tmp_path.iterdir())

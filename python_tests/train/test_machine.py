@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_config, tiny_model
 from torch import multiprocessing
-from training_data import stage1, stage2
+from training_data import stage1, stage2, tiny_processor
 
 from sphinx_fast.train import checkpoint
 from sphinx_fast.train.settings import make_settings
@@ -66,6 +67,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "adapters": ("stage2", {"lora": {"rank": 4}}),
     "replicated": ("stage2", {"scale": {"shard": False}}),
 }
+
+
+def tied_folder(folder: Path) -> str:
+    """A start folder whose head is its table of embeddings."""
+    tiny_model(tiny_config(text={"tie_word_embeddings": True})).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return str(folder)
+
+
 HALF = {"steps": 6, "save_every": 3}
 
 
@@ -77,6 +87,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (stage, STAGES[stage](folder / f"{name}-2", steps=4, **changes), None)
         for name, (stage, changes) in CASES.items()
     ]
+    jobs.append(("stage2", stage2(folder / "tied-2", steps=4, model=tied_folder(folder / "tied")), None))
     train("stage2", stage2(folder / "1-then-2", **HALF), 4)
     jobs += [("stage2", stage2(folder / "1-then-2", **HALF), None), ("stage2", stage2(folder / "2-then-1", **HALF), 4)]
     multiprocessing.spawn(process, (20_000 + os.getpid() % 20_000, jobs), nprocs=2)
@@ -89,6 +100,11 @@ def test_two_processes_are_one(name: str, runs: Path, tmp_path: Path) -> None:
     stage, changes = CASES[name]
     train(stage, STAGES[stage](tmp_path / "1", steps=4, **changes))
     assert_same_run(runs / f"{name}-2", tmp_path / "1")
+
+
+def test_tied_embeddings_on_two_processes(runs: Path, tmp_path: Path) -> None:
+    train("stage2", stage2(tmp_path / "1", steps=4, model=str(runs / "tied")))
+    assert_same_run(runs / "tied-2", tmp_path / "1")
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])

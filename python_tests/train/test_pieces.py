@@ -172,3 +172,15 @@ def test_documents_see_only_themselves() -> None:
     assert {piece.kind for piece in pieces} == {4}
     whole: list[Piece] = text_pieces(tokens, None, 0, "chunk")
     assert [piece.targets.tolist() for piece in whole] == [tokens[1:].tolist()]
+
+
+def test_a_note_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
+    from sphinx_fast.train.text import write_tokens
+
+    tokenizer, path = tiny_processor().tokenizer, tmp_path / "text.tokens"
+    write_tokens(["the cat sat"], tokenizer, path, "mark", progress=False)
+    before = path.read_bytes()
+    for cut in ("", '{"mark": "ma', "[1]"):
+        path.with_suffix(".json").write_text(cut)
+        write_tokens(["the cat sat"], tokenizer, path, "mark", progress=False)
+        assert path.read_bytes() == before and '"mark": "mark"' in path.with_suffix(".json").read_text()

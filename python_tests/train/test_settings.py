@@ -64,6 +64,13 @@ def test_groups_keep_their_other_defaults() -> None:
         ({"preset": "mine"}, "preset: expected one of paper, released"),
         ({"report": "mail"}, "report: expected"),
         ({"max_length": 3}, "max_length"),
+        ({"data": [{"path": "a", "ratio": "inf"}]}, "ratio: expected more than 0"),
+        ({"epochs": "inf"}, "epochs: expected more than 0"),
+        ({"steps": 0}, "steps: expected more than 0"),
+        ({"optimizer": {"rate": 1.0, "min_rate": 0.0, "warmup_steps": -1}}, "warm-up below 0"),
+        ({"lora": {}, "train": ["fusion"]}, "lora: the language model does not learn"),
+        ({"transform": "squeeze"}, "transform: expected one of padded_resize"),
+        ({"eval_rows": 0}, "eval_rows and workers"),
     ],
 )
 def test_what_is_wrong_is_said(change: dict[str, Any], said: str) -> None:
@@ -82,6 +89,8 @@ def test_what_is_wrong_is_said(change: dict[str, Any], said: str) -> None:
         ({"text_tokens": 100, "text_length": 64}, "multiple of text_length"),
         ({"text_length": 4096, "text_tokens": 4096}, "at most max_length"),
         ({"batch": 3}, "unknown key batch"),
+        ({"text_length": 0}, "text_length: expected at least 1"),
+        ({"text": [], "text_tokens": -64}, "expected at least 0"),
     ],
 )
 def test_what_is_wrong_in_stage_one(change: dict[str, Any], said: str) -> None:

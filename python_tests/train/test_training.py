@@ -7,14 +7,19 @@ import logging
 import math
 import os
 import signal
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training_data import data_folder, stage1, stage2, start_folder
+from safetensors.torch import load_file
+from tiny import tiny_config, tiny_model
+from training_data import data_folder, stage1, stage2, start_folder, tiny_processor
 
 from sphinx_fast import Sphinx
+from sphinx_fast.train import checkpoint
 from sphinx_fast.train import training as module
 from sphinx_fast.train.settings import make_settings
 from sphinx_fast.train.training import Training, TrainingStoppedError
@@ -94,6 +99,28 @@ def test_a_killed_save_and_a_damaged_one(tmp_path: Path, caplog: pytest.LogCaptu
     assert (out / "model/model.safetensors").read_bytes() == (
         tmp_path / "straight/model/model.safetensors"
     ).read_bytes()
+
+
+def test_a_damaged_checkpoint_is_written_again(tmp_path: Path) -> None:
+    """It is neither taken for the one of that step nor kept in place of a whole one."""
+    changes: dict[str, Any] = {"steps": 9, "save_every": 2, "keep": 1}
+    out = tmp_path / "run"
+    training("stage2", out, **{**changes, "keep": 2}).run(until=6)
+    (out / "step-00000006" / "state.json").write_text("{}")
+    again = training("stage2", out, **changes)
+    assert again.resume() and again.step == 4
+    again.run(until=6)
+    newest = checkpoint.newest(out)
+    assert newest is not None and newest.name == "step-00000006"
+
+
+def test_a_run_that_went_further(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    training("stage2", out, steps=3).run()
+    with pytest.raises(ValueError, match="is of step 3, the run has 2; raise steps"):
+        training("stage2", out, steps=2).run()
+    again = training("stage2", out, steps=3)
+    assert again.run() == out / "model", "done already: its result is written again"
 
 
 def test_a_checkpoint_of_another_run(tmp_path: Path) -> None:
@@ -336,3 +363,86 @@ def test_the_log(tmp_path: Path) -> None:
     names = {"step", "loss", "rate", "gradient_norm", "seconds", "tokens_per_second", "pictures_per_second", "tflops"}
     assert names <= line.keys() and all(math.isfinite(value) for value in line.values())
     assert module.BAD_SHARE == 0.05
+
+
+# --- other models -----------------------------------------------------------------------------------------------------
+def folder_of(folder: Path, text: dict[str, Any], dtype: torch.dtype = torch.float32) -> Path:
+    """A model folder like `start_folder`, with another language model."""
+    tiny_model(tiny_config(text=text)).to(dtype).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+
+
+@pytest.mark.parametrize("text", [GPT2, {"model_type": "qwen2"}], ids=["gpt2", "qwen2"])
+def test_other_language_models(text: dict[str, Any], tmp_path: Path) -> None:
+    start = folder_of(tmp_path / "start", text)
+    folder = training("stage2", tmp_path / "run", model=str(start), steps=2).run()
+    assert folder is not None
+    before, after = (load_file(where / "model.safetensors") for where in (start, folder))
+    assert before.keys() == after.keys()
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_tied_embeddings(lora: dict[str, Any] | None, tmp_path: Path) -> None:
+    """One weight: trained once, saved once, and still one in the result."""
+    start = folder_of(tmp_path / "start", {"tie_word_embeddings": True})
+    run = training("stage2", tmp_path / "run", model=str(start), lora=lora, steps=2)
+    tied = [name for name in run.parameters if "embed_tokens" in name or "lm_head" in name]
+    assert tied == ([] if lora else ["model.language_model.embed_tokens.weight"])
+    folder = run.run()
+    assert folder is not None
+    before, after = (load_file(where / "model.safetensors") for where in (start, folder))
+    assert before.keys() == after.keys() and "lm_head.weight" not in after
+    model = Sphinx.from_pretrained(folder, device="cpu").model
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+
+
+def test_what_does_not_learn_is_not_rounded(tmp_path: Path) -> None:
+    """Adapters in bfloat16 on a float16 folder: nothing of it goes through bfloat16."""
+    start = folder_of(tmp_path / "start", {}, torch.float16)
+    changes: dict[str, Any] = {"model": str(start), "scale": {"dtype": "bfloat16"}, "lora": {"rank": 2}, "steps": 2}
+    folder = training("stage2", tmp_path / "run", **changes).run()
+    assert folder is not None
+    before, after = (load_file(where / "model.safetensors") for where in (start, folder))
+    adapted = {name for name in before if name.endswith("_proj.weight") and "language_model" in name}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert adapted < changed and {name.rsplit(".", 3)[0] for name in changed - adapted} <= {"model", "model.fusion"}
+    adapter = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    ends = "base_model.model.layers.0.mlp.up_proj.lora_{}.weight"
+    added = adapter[ends.format("B")] @ adapter[ends.format("A")] * (32 / 2)
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(after[name], (before[name].float() + added).half()), "rounded once"
+
+
+def test_evaluation_sets_are_told_apart(tmp_path: Path) -> None:
+    """By number where files have one name; a set with no usable row has no loss, and one with no row is refused."""
+    rows = (data_folder() / "plain.jsonl").read_text()
+    paths = []
+    for name, text in (("a", rows), ("b", "{\n{\n"), ("c", "\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "val.jsonl").write_text(text)
+        paths.append({"path": str(tmp_path / name / "val.jsonl")})
+    losses = training("stage2", tmp_path / "run", eval_data=paths[:2]).parts.held_out()
+    assert list(losses) == ["val.jsonl", "val.jsonl-2"]
+    assert losses["val.jsonl"] > 0 and math.isnan(losses["val.jsonl-2"])
+    with pytest.raises(ValueError, match=r"eval_data: val\.jsonl: no rows"):
+        training("stage2", tmp_path / "run", eval_data=paths)
+
+
+def test_wandb_runs_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is the same one when it goes on, and another one than that in another folder of the same name."""
+    begun: list[dict[str, Any]] = []
+
+    class Run:
+        def log(self, values: dict[str, float], step: int) -> None: ...
+
+        def finish(self) -> None: ...
+
+    fake = types.SimpleNamespace(init=lambda **given: (begun.append(given), Run())[1])
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for out, until in (("a/run", 1), ("a/run", 2), ("b/run", 1)):
+        training("stage2", tmp_path / out, steps=2, save_every=1, report="wandb").run(until=until)
+    assert begun[0]["id"] == begun[1]["id"] != begun[2]["id"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,13 @@ def test_it_never_replaces(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     with pytest.raises(FileExistsError, match="exists already"), new_folder(tmp_path / "model"):
         pass
+
+
+def test_what_a_killed_process_of_our_number_left(tmp_path: Path) -> None:
+    """In a container a process comes again with the number that the killed one had."""
+    left = tmp_path / f".model.partial-{os.getpid()}"
+    left.mkdir()
+    (left / "half").write_text("1")
+    with new_folder(tmp_path / "model") as folder:
+        (folder / "a").write_text("1")
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["model", "model/a"]

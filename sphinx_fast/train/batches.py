@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -159,5 +160,12 @@ def batches(steps: Steps, start: int, end: int, workers: int) -> Iterator[Batch]
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=_unasked if workers else None,
     )
     yield from loader
+
+
+def _unasked(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a group: the run saves and ends, and its workers then."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
@@ -94,6 +94,9 @@ def verify(folder: Path) -> None:
             raise WeightsError(f"{path}: damaged")
     if "state.json" not in manifest:
         raise WeightsError(f"{folder / 'manifest.json'}: damaged")
+    for path in sorted(folder.iterdir()):
+        if path.name not in manifest and path.name != "manifest.json":
+            raise WeightsError(f"{path}: not in the manifest")
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -113,7 +116,11 @@ def _place(tensor: Tensor) -> tuple[int, int]:
 def save(
     folder: Path, state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Write a checkpoint; `folder` appears when all of it is on the disk. All processes call this."""
+    """Write a checkpoint; `folder` appears when all of it is on the disk. All processes call this.
+
+    Raises:
+        OSError: it cannot be written; nothing of it stays.
+    """
     rank, world = rank_and_world()
     trained, moments, places = {}, {}, {}
     for name, parameter in parameters.items():
@@ -129,8 +136,11 @@ def save(
     with _shared_folder(folder) as partial:
         ending = f"{rank:05d}-of-{world:05d}.safetensors"
         metadata = {"places": json.dumps(places)}
-        save_file(trained, partial / f"trained-{ending}", metadata)
-        save_file(moments, partial / f"optimizer-{ending}", metadata)
+        try:
+            save_file(trained, partial / f"trained-{ending}", metadata)
+            save_file(moments, partial / f"optimizer-{ending}", metadata)
+        except SafetensorError as error:  # a full disk, among others
+            raise OSError(f"{folder}: {error}") from error
         if rank == 0:
             (partial / "state.json").write_text(json.dumps(state, indent=1))
 
@@ -190,7 +200,7 @@ def load(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.
             state = {key: torch.zeros_like(parameter) for key in MOMENTS[:2]}
             for key, moment in state.items():
                 moments.fill(f"{key}.{name}", moment)
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device=_local(parameter).device)  # where the fused update counts
             moments.fill(f"step.{name}", state["step"])
             optimizer.state[parameter] = state
     return read_json(folder / "state.json")
@@ -203,17 +213,24 @@ def folders(run: Path) -> list[Path]:
 
 def newest(run: Path) -> Path | None:
     """The newest checkpoint that is whole. Damaged ones are named in a warning and passed over."""
-    for folder in reversed(folders(run)):
-        try:
-            verify(folder)
-        except WeightsError as error:
-            logger.warning("%s; the checkpoint is not used", error)
-        else:
-            return folder
-    return None
+    return next((folder for folder in reversed(folders(run)) if is_whole(folder)), None)
 
 
-def tidy(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what killed saves left."""
-    for old in [*folders(run)[:-keep], *run.glob(".step-*.partial-*")]:
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint can be used; a warning says why not."""
+    try:
+        verify(folder)
+    except WeightsError as error:
+        logger.warning("%s; the checkpoint is not used", error)
+        return False
+    return True
+
+
+def tidy(run: Path, keep: int, last: Path) -> None:
+    """Remove all but the newest `keep` checkpoints up to `last`, and what killed saves left.
+
+    What lies behind `last` is damaged, or the run would not be at `last`: it must not count as one of those kept.
+    """
+    done = [folder for folder in folders(run) if folder.name <= last.name]
+    for old in [*done[:-keep], *run.glob(".step-*.partial-*")]:
         shutil.rmtree(old, ignore_errors=True)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sphinx_fast.infer.loading import load
 from sphinx_fast.model.config import SphinxConfig
 from sphinx_fast.model.processor import SphinxProcessor
 from sphinx_fast.train.settings import LoraSettings, Stage1
@@ -19,6 +20,8 @@ from sphinx_fast.weights.files import new_folder
 
 if TYPE_CHECKING:
     from sphinx_fast.train.parts import Parts
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def write(target: Path, parts: Parts) -> Path:
@@ -40,14 +43,16 @@ def write(target: Path, parts: Parts) -> Path:
         _write_adapter(folder, state, settings.lora)
         if settings.quantize is not None:
             return folder
-        _merge_adapters(parts.model.model.language_model)
-        state = dict(parts.model.state_dict())
     config = SphinxConfig.from_pretrained(settings.model)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    _as_started(state, settings.model, dtype)
+    if settings.lora is not None:
+        state = _merged(state, parts.model.model.language_model)
     if settings.picture_size is not None and not isinstance(settings, Stage1):
         config.vision_config.picture_size = settings.picture_size
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     part = target.with_name(f".{target.name}.new")
-    shutil.rmtree(part, ignore_errors=True)
+    for left in [part, *target.parent.glob(f".{part.name}.partial-*")]:  # by an export that was killed
+        shutil.rmtree(left, ignore_errors=True)
     with new_folder(part) as folder:
         trained = parts.model
         before, trained.config = trained.config, config
@@ -76,11 +81,24 @@ def _adapters(language_model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, layer) for name, layer in language_model.named_modules() if isinstance(layer, BaseTunerLayer)]
 
 
-def _merge_adapters(language_model: nn.Module) -> None:
-    """Add every adapter to the weight it adapts, and put the plain layer back."""
+def _as_started(state: dict[str, Tensor], start: str, dtype: torch.dtype) -> None:
+    """What did not learn, as the start folder has it: the run held it in the dtype of its computation, which may round.
+
+    What learned is in fp32 and stays as it is.
+    """
+    rounded = {name for name, tensor in state.items() if tensor.dtype in HALVES and tensor.dtype != dtype}
+    if rounded:
+        started = load(start, device="cpu", dtype=dtype, variant=None, quantize=None).model.state_dict()
+        state.update({name: started[name.replace(".base_layer.", ".")] for name in rounded})
+
+
+def _merged(state: dict[str, Tensor], language_model: nn.Module) -> dict[str, Tensor]:
+    """The state without adapters, each added in fp32 to the weight it adapts."""
+    plain = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if "lora_" not in name}
     for name, layer in _adapters(language_model):
-        layer.merge()
-        language_model.set_submodule(name, layer.get_base_layer())
+        weight = f"model.language_model.{name}.weight"
+        plain[weight] = plain[weight].float() + layer.get_delta_weight("default").detach().float().cpu()
+    return plain
 
 
 def _write_adapter(folder: Path, state: dict[str, Tensor], lora: LoraSettings) -> None:

@@ -26,7 +26,7 @@ def some_rows(source: Source, rows: int, make: MakePiece) -> Records:
 
 @torch.no_grad()
 def mean_loss(model: Any, learner: Learner, machine: Machine, batch: Batch) -> float:
-    """Weighted mean cross-entropy over the targets of a batch, on all processes."""
+    """Weighted mean cross-entropy over the targets of a batch, on all processes; NaN where there are none."""
     sums = torch.zeros(2, device=machine.device)
     for index in range(batch.rounds):
         row = (batch.rows[index] if index < len(batch.rows) else nothing()).to(machine.device)
@@ -34,7 +34,7 @@ def mean_loss(model: Any, learner: Learner, machine: Machine, batch: Batch) -> f
         total, *_ = learner(row, see(model, row.pixel_values), weights)
         sums += torch.stack([total.float(), weights.sum()])
     sums = machine.summed(sums)
-    return float(sums[0] / sums[1].clamp(min=1e-12))
+    return float(sums[0] / sums[1])
 
 
 def held_out_losses(

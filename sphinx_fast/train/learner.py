@@ -104,7 +104,10 @@ def add_adapters(model: SphinxForConditionalGeneration, lora: LoraSettings) -> N
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
     )
     language_model: Any = model.model.language_model
-    inject_adapter_in_model(config, language_model)
+    try:
+        inject_adapter_in_model(config, language_model)
+    except ValueError as error:
+        raise ValueError(f"lora: {' '.join(str(error).split())}") from error
     for name, parameter in language_model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:

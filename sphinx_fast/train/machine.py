@@ -42,7 +42,10 @@ class Machine:
         """
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        device = torch.device(name)
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}") from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("device: no CUDA GPU is available; `sphinx-fast doctor` says more")
         if device.type == "cuda":
@@ -68,7 +71,7 @@ class Machine:
 
     def lay_out(self, learner: Learner, *, compiled: bool) -> None:
         """Compile blocks and shard the learner, in place."""
-        blocks = list(learner.language_model.layers)
+        blocks = list(getattr(learner.language_model, "layers", None) or learner.language_model.h)  # GPT-2's name
         if compiled:
             for block in blocks:
                 block.compile(dynamic=True)  # rows differ in length

@@ -118,7 +118,7 @@ def build(settings: Settings, *, progress: bool = True) -> Parts:
     """
     machine = Machine.of(settings)
     sources = open_sources(settings.data)  # type: ignore[attr-defined]
-    evaluated = open_sources(settings.eval_data)
+    evaluated = _named(open_sources(settings.eval_data))
     model, processor = _model(settings, machine)
     soft = soft_labels(settings, processor, model.lm_head.weight.shape[0])
     torch.manual_seed(settings.seed)  # adapters begin with random numbers
@@ -136,8 +136,8 @@ def build(settings: Settings, *, progress: bool = True) -> Parts:
     steps = _steps(streams, settings, machine, processor)
     make = streams[0].make if isinstance(streams[0], Records) else _maker(settings, processor)
     evaluations = {
-        source.name: _steps([some_rows(source, settings.eval_rows, make)], settings, machine, processor)
-        for source, _ in evaluated
+        name: _steps([some_rows(source, settings.eval_rows, make)], settings, machine, processor)
+        for name, source in evaluated.items()
     }
     optimizer = settings.optimizer
     return Parts(
@@ -174,6 +174,17 @@ def open_sources(data: Sequence[DataSettings]) -> list[tuple[Source, float]]:
         else:
             opened.append((open_source(entry.type, entry.path, root=entry.root, **entry.options), entry.ratio))
     return opened
+
+
+def _named(data: Sequence[tuple[Source, float]]) -> dict[str, Source]:
+    """Evaluation sets by name; of several files of one name, each but the first with a number."""
+    named: dict[str, Source] = {}
+    for source, _ in data:
+        if not len(source):
+            raise ValueError(f"eval_data: {source.name}: no rows")
+        names = (source.name, *(f"{source.name}-{number}" for number in range(2, len(data) + 1)))
+        named[next(name for name in names if name not in named)] = source
+    return named
 
 
 def _model(settings: Settings, machine: Machine) -> tuple[Any, Any]:

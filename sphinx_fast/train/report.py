@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import resource
@@ -41,7 +42,9 @@ class _Wandb:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         import wandb
 
-        self._run: Any = wandb.init(dir=str(folder), name=folder.name, config=settings, resume="allow", id=folder.name)
+        # By its whole path: two runs may lie in folders of one name.
+        mark = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+        self._run: Any = wandb.init(dir=str(folder), name=folder.name, config=settings, resume="allow", id=mark)
 
     def log(self, values: dict[str, float], step: int) -> None:
         self._run.log(values, step=step)
@@ -154,4 +157,6 @@ def forget(path: Path, start: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # cut off by a kill
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    part = path.with_suffix(".part")  # renamed, so that a kill leaves the one log or the other
+    part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    part.replace(path)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+from sphinx_fast.model.image_processor import TRANSFORMS
 
 T = TypeVar("T")
 
@@ -314,7 +317,9 @@ def _check(settings: Settings, where: str) -> None:
 
     optimizer = settings.optimizer
     need((settings.steps is None) != (settings.epochs is None), "give steps or epochs, one of them")
-    need((settings.steps or 1) > 0 and (settings.epochs or 1.0) > 0, "steps and epochs: expected more than 0")
+    need(settings.steps is None or settings.steps > 0, "steps: expected more than 0")
+    need(settings.epochs is None or 0 < settings.epochs < math.inf, "epochs: expected more than 0")
+    need((optimizer.warmup_steps or 0) >= 0 and (optimizer.warmup_epochs or 0.0) >= 0, "optimizer: warm-up below 0")
     need(optimizer.warmup_steps is None or optimizer.warmup_epochs is None, "optimizer: warm-up in steps or in epochs")
     need(0 <= optimizer.min_rate <= optimizer.rate, "optimizer: expected 0 <= min_rate <= rate")
     need(optimizer.clip > 0, "optimizer.clip: expected more than 0")
@@ -324,9 +329,14 @@ def _check(settings: Settings, where: str) -> None:
     need(settings.quantize is None or settings.lora is not None, "quantize: quantised weights do not train; add lora")
     need(settings.report in (None, "tensorboard", "wandb"), "report: expected tensorboard, wandb or nothing")
     sources = typing.cast(Any, settings).data
-    need(all(source.ratio > 0 for source in sources), "data: ratio: expected more than 0")
+    need(all(0 < source.ratio < math.inf for source in sources), "data: ratio: expected more than 0")
+    need(settings.lora is None or "language_model" in settings.train, "lora: the language model does not learn")
+    need(settings.transform in TRANSFORMS, f"transform: expected one of {', '.join(TRANSFORMS)}")
+    need(settings.eval_rows >= 1 and settings.workers >= 0, "eval_rows and workers: expected at least 1 and 0")
     if isinstance(settings, Stage1):
+        need(min(settings.pairs, settings.text_tokens) >= 0, "pairs and text_tokens: expected at least 0")
         need(settings.pairs > 0 or settings.text_tokens > 0, "pairs and text_tokens: one must be more than 0")
+        need(settings.text_length >= 1, "text_length: expected at least 1")
         need(bool(sources) == (settings.pairs > 0), "data and pairs: both or neither")
         need(bool(settings.text) == (settings.text_tokens > 0), "text and text_tokens: both or neither")
         need(settings.text_tokens % settings.text_length == 0, "text_tokens: expected a multiple of text_length")

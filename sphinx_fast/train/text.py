@@ -44,13 +44,21 @@ class TokenFile:
         return np.array(mapped[index * self.length : (index + 1) * self.length + 1])
 
 
+def _marked(note: Path) -> str | None:
+    """What a note says its tokens are of; None without one, or where a kill cut it off."""
+    try:
+        return str(json.loads(note.read_text())["mark"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def write_tokens(documents: Iterable[str], tokenizer: Any, path: Path, mark: str, *, progress: bool = True) -> None:
     """Every document as BOS, tokens, EOS, one after another, into `path`, unless it is there with the same `mark`.
 
     Written beside and renamed, so that an interrupted run leaves nothing half done.
     """
     note = path.with_suffix(".json")
-    if path.is_file() and note.is_file() and json.loads(note.read_text()).get("mark") == mark:
+    if path.is_file() and _marked(note) == mark:
         return
     head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     tail = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -61,6 +62,7 @@ class Training:
         self.bad: Counter[str] = Counter()
         self.skipped = self.in_a_row = 0
         self._asked = False  # to stop
+        self._saved: Path | None = None  # the checkpoint of the step that is reached, if there is one
 
     # --- state -----------------------------------------------------------------------------------------------------
     def state(self) -> dict[str, Any]:
@@ -79,17 +81,21 @@ class Training:
     def save(self) -> Path:
         """A checkpoint of the step reached."""
         target = self.folder / f"step-{self.step:08d}"
-        if not checkpoint.from_first(target.exists()):
+        if target != self._saved:
+            if self.machine.first:  # a folder that is there already is one that could not be resumed from
+                shutil.rmtree(target, ignore_errors=True)
             checkpoint.save(target, self.state(), self.parameters, self.optimizer)
+            self._saved = target
         if self.machine.first:
-            checkpoint.tidy(self.folder, self.settings.keep)
+            checkpoint.tidy(self.folder, self.settings.keep, target)
         return target
 
     def resume(self) -> bool:
         """Go on from the newest whole checkpoint, if there is one.
 
         Raises:
-            ValueError: it is of a run with other data, seed or length, which could not go on exactly.
+            ValueError: it is of a run with other data, seed or length, which could not go on exactly, or that went
+                further than this one is to go.
         """
         found = checkpoint.from_first(checkpoint.newest(self.folder) if self.machine.first else None)
         if found is None:
@@ -98,6 +104,9 @@ class Training:
         for name, here in (("seed", self.settings.seed), ("data", self.parts.data_mark)):
             if state[name] != here:
                 raise ValueError(f"{found}: is of a run with another {name}; give another `out`, or remove it")
+        if state["step"] > self.steps:
+            raise ValueError(f"{found}: is of step {state['step']:,}, the run has {self.steps:,}; raise steps")
+        self._saved = found
         self.step, self.read, self.skipped = state["step"], state["read"], state["skipped"]
         self.bad, self.in_a_row = Counter(state["bad"]), state["in_a_row"]
         return True

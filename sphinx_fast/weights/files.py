@@ -20,6 +20,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     if target.exists():
         raise FileExistsError(f"{target}: exists already")
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)  # a killed process had our number: in containers they come again
     partial.mkdir(parents=True)
     try:
         yield partial
