@@ -45,7 +45,7 @@ def test_a_built_run_holds_it(changes: dict[str, Any], tmp_path: Path) -> None:
     gradients: list[Tensor] = []
     for parameter in run.parameters.values():
         parameter.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad))
-    run.update(next(iter(batches(run.parts.batches, 0, 1, 0))))
+    run.update(next(iter(batches(run.parts.reading.steps, 0, 1, 0))))
     assert said.weights == held(run.parts.model.parameters())
     assert sum(said.learning.values()) == sum(p.numel() for p in run.parameters.values())
     moments = [t for state in run.optimizer.state.values() for name, t in state.items() if name != "step"]

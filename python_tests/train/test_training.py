@@ -287,24 +287,24 @@ def test_the_result_answers(tmp_path: Path) -> None:
 
 def test_stage_one_sees_one_view(tmp_path: Path) -> None:
     run = training("stage1", tmp_path / "run")
-    batch = run.parts.batches[0]
+    batch = run.parts.reading.steps[0]
     views = sum(len(row.pixel_values) for row in batch.rows if row.pixel_values is not None)
     assert views == 4, "four pairs, one global view each"
     text = sum(int((row.kinds == 1).sum()) for row in batch.rows)
     assert text == 96, "and 96 tokens of text"
-    assert run.parts.kinds == ("caption", "text")
+    assert list(run.parts.reading.kinds) == ["caption", "text"]
 
 
 def test_both_losses_are_means_of_their_own(tmp_path: Path) -> None:
     """loss = caption_weight * mean over caption targets + text_weight * mean over text targets."""
     run = training("stage1", tmp_path / "run", caption_weight=2.0, text_weight=0.25, max_length=300)
-    values = run.update(run.parts.batches[0])
+    values = run.update(run.parts.reading.steps[0])
     assert math.isclose(values["loss"], 2 * values["caption_loss"] + 0.25 * values["text_loss"], rel_tol=1e-6)
 
 
 def test_other_views(tmp_path: Path) -> None:
     run = training("stage2", tmp_path / "run", picture_size=32, steps=1)
-    assert run.parts.batches.image_processor.num_views == 1
+    assert run.parts.reading.steps.image_processor.num_views == 1
     folder = run.run()
     assert folder is not None
     assert Sphinx.from_pretrained(folder, device="cpu").model.config.vision_config.num_views == 1
@@ -353,7 +353,7 @@ def test_recomputed_activations_are_the_same(tmp_path: Path) -> None:
     for run in (plain, again):
         run.learner.train()
         for step in range(2):
-            run.update(run.parts.batches[step])
+            run.update(run.parts.reading.steps[step])
     assert all(torch.equal(p, again.parameters[name]) for name, p in plain.parameters.items())
 
 

@@ -28,7 +28,7 @@ def process_group() -> Iterator[None]:
 def losses(stage: str, out: Path, **changes: Any) -> list[float]:
     run = Training(make_settings(stage, STAGES[stage](out, **changes)), progress=False)
     run.learner.train()
-    return [run.update(run.parts.batches[step])["loss"] for step in range(6)]
+    return [run.update(run.parts.reading.steps[step])["loss"] for step in range(6)]
 
 
 def assert_half_precision(ours: list[float], exact: list[float]) -> None:
@@ -55,7 +55,7 @@ def test_a_gpu_learns_what_a_cpu_does(stage: str, scale: dict[str, bool], tmp_pa
 @pytest.mark.gpu
 def test_weights_stay_in_fp32(tmp_path: Path) -> None:
     run = Training(make_settings("stage2", stage2(tmp_path, device="cuda")), progress=False)
-    run.update(run.parts.batches[0])
+    run.update(run.parts.reading.steps[0])
     assert {parameter.dtype for parameter in run.parameters.values()} == {torch.float32}
     assert {p.dtype for p in run.parts.model.model.vision_tower.parameters()} == {torch.bfloat16}
 

@@ -9,8 +9,8 @@ from sphinx_fast.infer.loading import SINGLE_VIEW, check_folder, parse_dtype, wi
 from sphinx_fast.model.config import SphinxConfig
 from sphinx_fast.train.batches import Steps
 from sphinx_fast.train.estimate import estimate
-from sphinx_fast.train.parts import Length, open_sources, record_stream
 from sphinx_fast.train.settings import Settings, Stage1
+from sphinx_fast.train.streams import Length, open_sources, record_stream
 
 
 def dry_run(settings: Settings, world: int) -> str:

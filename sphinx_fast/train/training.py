@@ -56,7 +56,7 @@ class Training:
         self.machine = self.parts.machine
         self.learner, self.parameters = self.parts.learner, self.parts.parameters
         self.optimizer, self.schedule = self.parts.optimizer, self.parts.schedule
-        self.steps = self.parts.length.steps
+        self.steps = self.parts.reading.length.steps
         self.step = 0
         self.read = 0
         self.bad: Counter[str] = Counter()
@@ -74,7 +74,7 @@ class Training:
             "skipped": self.skipped,
             "in_a_row": self.in_a_row,
             "seed": self.settings.seed,
-            "data": self.parts.data_mark,
+            "data": self.parts.reading.mark,
             "settings": dataclasses.asdict(self.settings),
         }
 
@@ -101,7 +101,7 @@ class Training:
         if found is None:
             return False
         state = checkpoint.load(found, self.parameters, self.optimizer)
-        for name, here in (("seed", self.settings.seed), ("data", self.parts.data_mark)):
+        for name, here in (("seed", self.settings.seed), ("data", self.parts.reading.mark)):
             if state[name] != here:
                 raise ValueError(f"{found}: is of a run with another {name}; give another `out`, or remove it")
         if state["step"] > self.steps:
@@ -139,7 +139,7 @@ class Training:
         self.learner.train()
         try:
             with self._signals():
-                for batch in batches(self.parts.batches, self.step, end, self.settings.workers):
+                for batch in batches(self.parts.reading.steps, self.step, end, self.settings.workers):
                     self._one(batch, report)
                     if self.machine.summed(torch.tensor(float(self._asked), device=self.machine.device)):
                         self.save()
@@ -205,12 +205,12 @@ class Training:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         self.optimizer.zero_grad()
         self.step += 1
-        kinds = {f"{name}_loss": float(mean) for name, mean in zip(self.parts.kinds, means, strict=True)}
+        kinds = {f"{name}_loss": float(mean) for name, mean in zip(self.parts.reading.kinds, means, strict=True)}
         return {"loss": loss, **(kinds if len(kinds) > 1 else {}), "rate": rate, "gradient_norm": float(norm)}
 
     def _totals(self, batch: Batch) -> tuple[Tensor, list[Row]]:
         """Weights of the targets of each kind in the whole step, and the rows on the device. Counts travel along."""
-        kinds = len(self.parts.kinds)
+        kinds = len(self.parts.reading.kinds)
         message = torch.zeros(kinds + 1 + len(BAD_ROWS), dtype=torch.float64)
         for row in batch.rows:
             asked = row.targets != IGNORED
