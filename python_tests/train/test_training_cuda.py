@@ -25,10 +25,10 @@ def process_group() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def losses(stage: str, out: Path, **changes: Any) -> list[float]:
-    run = Training(make_settings(stage, STAGES[stage](out, **changes)), progress=False)
+def losses(stage: str, out: Path, steps: int = 6, **changes: Any) -> list[float]:
+    run = Training(make_settings(stage, STAGES[stage](out, steps=steps, **changes)), progress=False)
     run.learner.train()
-    return [run.update(run.parts.reading.steps[step])["loss"] for step in range(6)]
+    return [run.update(run.parts.reading.steps[step])["loss"] for step in range(steps)]
 
 
 def assert_half_precision(ours: list[float], exact: list[float]) -> None:
@@ -84,8 +84,8 @@ def test_flash_attn_is_a_call_per_piece() -> None:
     torch.testing.assert_close(fast, slow.attend(0, *tensors, None), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_compiled_blocks(stage: str, tmp_path: Path) -> None:
+def test_compiled_blocks(tmp_path: Path) -> None:
     """On a CPU the compiler is g++; the losses are those of plain blocks."""
-    compiled = losses(stage, tmp_path / "compiled", scale={"compile": True})
-    assert all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(compiled, losses(stage, tmp_path / "b"), strict=True))
+    compiled = losses("stage2", tmp_path / "compiled", 2, scale={"compile": True})
+    plain = losses("stage2", tmp_path / "plain", 2)
+    assert all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(compiled, plain, strict=True))
