@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -166,21 +167,17 @@ def test_weights_of_answers(independent: bool) -> None:
 
 def test_documents_see_only_themselves() -> None:
     tokens = np.array([5, 6, 2, 1, 7, 8, 2, 1, 9], np.uint32)
-    pieces = text_pieces(tokens, 1, kind=4, name="chunk")
+    pieces = text_pieces(tokens, SimpleNamespace(bos_token_id=1, eos_token_id=2), kind=4, name="chunk")
     assert [piece.ids.tolist() for piece in pieces] == [[5, 6, 2], [1, 7, 8, 2], [1]]
     assert [piece.targets.tolist() for piece in pieces] == [[6, 2, IGNORED], [7, 8, 2, IGNORED], [9]]
     assert {piece.kind for piece in pieces} == {4}
-    whole: list[Piece] = text_pieces(tokens, None, 0, "chunk")
+    whole: list[Piece] = text_pieces(tokens, SimpleNamespace(bos_token_id=None, eos_token_id=2), 0, "chunk")
     assert [piece.targets.tolist() for piece in whole] == [tokens[1:].tolist()]
 
 
-def test_a_note_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
-    from sphinx_fast.train.text import write_tokens
-
-    tokenizer, path = tiny_processor().tokenizer, tmp_path / "text.tokens"
-    write_tokens(["the cat sat"], tokenizer, path, "mark", progress=False)
-    before = path.read_bytes()
-    for cut in ("", '{"mark": "ma', "[1]"):
-        path.with_suffix(".json").write_text(cut)
-        write_tokens(["the cat sat"], tokenizer, path, "mark", progress=False)
-        assert path.read_bytes() == before and '"mark": "mark"' in path.with_suffix(".json").read_text()
+def test_one_token_that_begins_and_ends_documents() -> None:
+    """GPT-2's: a document's last token still learns to say that it is the end."""
+    tokens = np.array([1, 5, 6, 1, 7, 8, 1, 9], np.uint32)
+    pieces = text_pieces(tokens, SimpleNamespace(bos_token_id=1, eos_token_id=1), 0, "chunk")
+    assert [piece.ids.tolist() for piece in pieces] == [[1, 5, 6], [1, 7, 8], [1]]
+    assert [piece.targets.tolist() for piece in pieces] == [[5, 6, 1], [7, 8, 1], [9]]

@@ -62,7 +62,7 @@ class Texts:
 
     file: TokenFile
     per_step: int
-    bos: int | None
+    tokenizer: Any
     seed: int
     kind: int = 0
 
@@ -70,7 +70,7 @@ class Texts:
         for position in range(step * self.per_step, (step + 1) * self.per_step):
             epoch, position = divmod(position, len(self.file))
             chunk = permuted(position, len(self.file), mixed(self.seed, epoch, 2))
-            yield from text_pieces(self.file[chunk], self.bos, self.kind, f"text chunk {chunk}")
+            yield from text_pieces(self.file[chunk], self.tokenizer, self.kind, f"text chunk {chunk}")
 
 
 def _note(batch: Batch, error: BadRowError) -> None:
@@ -166,6 +166,5 @@ def batches(steps: Steps, start: int, end: int, workers: int) -> Iterator[Batch]
 
 
 def _unasked(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process of a group: the run saves and ends, and its workers then."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Ctrl-C reaches every process of a terminal: the run saves and ends, and then its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

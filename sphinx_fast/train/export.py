@@ -48,6 +48,8 @@ def write(target: Path, parts: Parts) -> Path:
     _as_started(state, settings.model, dtype)
     if settings.lora is not None:
         state = _merged(state, parts.model.model.language_model)
+    if config.tie_word_embeddings:  # gathered or rounded apart, the one weight would be saved twice
+        state.pop("lm_head.weight", None)
     if settings.picture_size is not None and not isinstance(settings, Stage1):
         config.vision_config.picture_size = settings.picture_size
     part = target.with_name(f".{target.name}.new")

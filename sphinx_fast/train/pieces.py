@@ -176,12 +176,14 @@ class PieceMaker:
         return Piece(array, targets, given, lengths, record.picture, kind, record.name)
 
 
-def text_pieces(tokens: np.ndarray, bos: int | None, kind: int, name: str) -> list[Piece]:
+def text_pieces(tokens: np.ndarray, tokenizer: Any, kind: int, name: str) -> list[Piece]:
     """[n + 1] neighbouring tokens of a corpus -> pieces of n tokens together: documents begin with BOS and see only
-    themselves. BOS is given, never said."""
+    themselves. BOS is given, never said, unless it ends documents too."""
+    bos = tokenizer.bos_token_id
     ids, targets = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
     starts = [0] if bos is None else [0, *(np.flatnonzero(ids[1:] == bos) + 1)]
-    targets = np.where(targets == bos, IGNORED, targets)
+    if bos != tokenizer.eos_token_id:
+        targets = np.where(targets == bos, IGNORED, targets)
     weights = (targets != IGNORED).astype(np.float32)
     return [
         Piece(ids[a:b], targets[a:b], weights[a:b], (int(b - a),), None, kind, name)

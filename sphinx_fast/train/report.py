@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import resource
 import time
 from collections import deque
@@ -25,10 +26,10 @@ class _Writer(Protocol):
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=start)  # an interrupted run does its last steps again
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -53,7 +54,7 @@ class _Wandb:
         self._run.finish()
 
 
-def _writer(kind: str | None, folder: Path, settings: dict[str, Any]) -> _Writer | None:
+def _writer(kind: str | None, folder: Path, settings: dict[str, Any], start: int) -> _Writer | None:
     """TensorBoard is the default, so a machine without it only hears of it; wandb was asked for by name."""
     if kind == "wandb":
         try:
@@ -62,7 +63,7 @@ def _writer(kind: str | None, folder: Path, settings: dict[str, Any]) -> _Writer
             raise ValueError("report: wandb is not installed: pip install wandb") from error
     if kind == "tensorboard":
         try:
-            return _TensorBoard(folder / "tensorboard")
+            return _TensorBoard(folder / "tensorboard", start)
         except ImportError:
             logger.warning("report: tensorboard is not installed; log.jsonl is written all the same")
     return None
@@ -99,7 +100,7 @@ class Report:
             path = folder / "log.jsonl"
             forget(path, start)
             self._file = path.open("a", encoding="utf-8")
-            self._writer = _writer(kind, folder, settings)
+            self._writer = _writer(kind, folder, settings, start)
         self._bar = tqdm(total=steps, initial=start, desc=folder.name, disable=not (speaks and progress))
 
     def step(self, step: int, values: dict[str, float], work: dict[str, float]) -> None:
@@ -128,7 +129,8 @@ class Report:
     def write(self, step: int, values: dict[str, float]) -> None:
         """A line of the log."""
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, **{k: float(f"{v:.8g}") for k, v in values.items()}}) + "\n")
+            said = {k: float(f"{v:.8g}") if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
+            self._file.write(json.dumps({"step": step, **said}) + "\n")
             self._file.flush()
         if self._writer is not None:
             self._writer.log(values, step)

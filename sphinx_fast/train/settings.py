@@ -65,7 +65,7 @@ class ScaleSettings:
     dtype        of the computation; master weights, moments and reductions are fp32. "auto": bfloat16 on a GPU
     checkpoint   recompute activations of each block in the backward pass
     compile      torch.compile each block
-    shard        FSDP2 over all processes (torchrun); without it a run of several processes is refused
+    shard        FSDP2 over all processes; without it every process holds all weights and gradients are summed
     """
 
     dtype: str = "auto"

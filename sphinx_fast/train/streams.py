@@ -14,14 +14,13 @@ from sphinx_fast.data.rows import files
 from sphinx_fast.data.sources import open_source, read_meta
 from sphinx_fast.data.tables import documents
 from sphinx_fast.train.batches import MakePiece, Records, Steps, Texts
-from sphinx_fast.train.checkpoint import from_first
 from sphinx_fast.train.held_out import some_rows
 from sphinx_fast.train.machine import Machine
 from sphinx_fast.train.order import Mixture
 from sphinx_fast.train.pieces import PieceMaker
 from sphinx_fast.train.pointer import BoxFinder
 from sphinx_fast.train.settings import DataSettings, Settings, Stage1, Stage2
-from sphinx_fast.train.text import TokenFile, fingerprint, write_tokens
+from sphinx_fast.train.text import TokenFile, await_tokens, fingerprint, write_tokens
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def _streams(
     if settings.text_tokens:
         file = token_file(settings, machine, processor.tokenizer, progress)
         per_step = settings.text_tokens // settings.text_length
-        streams.append(Texts(file, per_step, processor.tokenizer.bos_token_id, settings.seed, len(kinds)))
+        streams.append(Texts(file, per_step, processor.tokenizer, settings.seed, len(kinds)))
         kinds["text"] = settings.text_weight
     return streams, kinds
 
@@ -140,10 +139,10 @@ def token_file(settings: Stage1, machine: Machine, tokenizer: Any, progress: boo
     """The corpus of stage 1, tokenised by the first process into the run's folder unless it was before."""
     path = Path(settings.out) / "text.tokens"
     paths = files(list(settings.text))
+    mark = fingerprint(paths, tokenizer, settings.text_column)
     if machine.first:
-        mark = fingerprint(paths, tokenizer, settings.text_column)
         write_tokens(documents(paths, settings.text_column), tokenizer, path, mark, progress=progress)
-    from_first(None)  # until it is there
+    await_tokens(path, mark)
     return TokenFile(path, settings.text_length)
 
 
@@ -164,7 +163,8 @@ def _steps(streams: Sequence[Records | Texts], settings: Settings, machine: Mach
 def _mark(settings: Settings, streams: Sequence[Records | Texts]) -> str:
     """A digest of what decides which rows a step reads and how they are packed."""
     digest = hashlib.sha256()
-    digest.update(repr((settings.seed, settings.max_length)).encode())
+    views, turns = (settings.picture_size, settings.transform), getattr(settings, "independent_turns", False)
+    digest.update(repr((settings.seed, settings.max_length, views, turns)).encode())
     for stream in streams:
         what = stream.mixture.lengths + stream.mixture.counts if isinstance(stream, Records) else [len(stream.file)]
         digest.update(repr((type(stream).__name__, stream.per_step, what)).encode())

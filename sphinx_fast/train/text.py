@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ def _marked(note: Path) -> str | None:
         return None
 
 
+def await_tokens(path: Path, mark: str) -> None:
+    """Until another process has written them. Hours, for a large corpus: no message of torch.distributed waits that
+    long."""
+    while not (path.is_file() and _marked(path.with_suffix(".json")) == mark):
+        time.sleep(0.2)
+
+
 def write_tokens(documents: Iterable[str], tokenizer: Any, path: Path, mark: str, *, progress: bool = True) -> None:
     """Every document as BOS, tokens, EOS, one after another, into `path`, unless it is there with the same `mark`.
 
@@ -61,7 +69,7 @@ def write_tokens(documents: Iterable[str], tokenizer: Any, path: Path, mark: str
     if path.is_file() and _marked(note) == mark:
         return
     head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    tail = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tail = [] if tokenizer.eos_token_id in (None, *head) else [tokenizer.eos_token_id]  # GPT-2: one token for both
     part = path.with_suffix(".part")
     held: list[int] = []
     count = number = 0
