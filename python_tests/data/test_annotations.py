@@ -15,7 +15,7 @@ import pytest
 from sphinx_fast.data.annotations import chosen, square
 from sphinx_fast.data.record import BadRowError
 from sphinx_fast.data.rows import Reader
-from sphinx_fast.data.sources import SOURCES, open_source
+from sphinx_fast.data.sources import DRAWN, SOURCES, open_source
 
 _IMAGES = [{"id": i, "file_name": "a.jpg", "width": 64, "height": 48, "caption": "a man"} for i in (1, 2)]
 _BOXES = [
@@ -96,7 +96,7 @@ def nodes(table: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def test_a_sample_for_every_converter() -> None:
-    elsewhere = {"sharegpt", "image_text", "text", "webdataset", "parquet", "classes", "flickr30k"}
+    elsewhere = {"sharegpt", "image_text", "text", "webdataset", "parquet", "classes", "flickr30k", *DRAWN}
     assert set(SAMPLES) | elsewhere == set(SOURCES)
 
 

@@ -16,7 +16,7 @@ import yaml
 from training_data import data_folder, start_folder
 
 from sphinx_fast.cli import main
-from sphinx_fast.data.sources import SOURCES, options_of
+from sphinx_fast.data.sources import DRAWN, SOURCES, options_of
 from sphinx_fast.model.config import SphinxConfig
 from sphinx_fast.model.presets import preset
 from sphinx_fast.train import estimate as module
@@ -58,7 +58,7 @@ def test_what_the_paper_says() -> None:
     assert real.train == ("language_model", "fusion") and synthetic.train == ("language_model",)
     assert synthetic.model == f"{real.out}/model"
     assert (two.batch, two.max_length, two.epochs, two.picture_size) == (128, 3072, 1.0, 448)
-    families = set(SOURCES) - {"image_text", "text", "openai", "webdataset", "parquet", "classes"}
+    families = set(SOURCES) - {"image_text", "text", "openai", "webdataset", "parquet", "classes", *DRAWN}
     assert families == {entry.type for entry in two.data}
     released = read_settings("stage2", FOLDER / "stage2-released.yaml")
     assert released.optimizer.weight_decay == 0.0 and isinstance(released, Stage2) and released.batch == 16

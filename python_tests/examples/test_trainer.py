@@ -51,7 +51,7 @@ def learners_loss(model: Any, processor: Any, source: Any, rows: range) -> tuple
     row = make_row(pieces, torch.cat(views) if views else None)
     count = int((row.targets != IGNORED).sum())
     with torch.no_grad():
-        loss, _ = Learner(model).eval()(row, see(model, row.pixel_values), torch.full((count,), 1 / count))
+        loss, *_ = Learner(model).eval()(row, see(model, row.pixel_values), torch.full((count,), 1 / count))
     return float(loss), count
 
 

@@ -181,7 +181,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, where: str, run: Training, steps: set
                 return result
             elif where == "loss":
                 forward = run.learner.forward
-                monkeypatch.setattr(run.learner, "forward", lambda *a: (forward(*a)[0] * math.inf, forward(*a)[1]))
+                monkeypatch.setattr(run.learner, "forward", lambda *a: (forward(*a)[0] * math.inf, *forward(*a)[1:]))
                 result = plain(batch)
                 monkeypatch.setattr(run.learner, "forward", forward)
                 return result
