@@ -54,18 +54,17 @@ SHAPES = {
     "cpu": {"stage1": (1, 6, 1, 614, 1024), "stage2": (5, 1, 2, 200, 2048)},
     "cuda": {"stage1": (1, 160, 8, 2048, 16384), "stage2": (5, 32, 32, 400, 16384)},
 }
+VOCABULARY = 32000
 Call = Callable[[], object]
 
 
 def build(device: str, views: int) -> SphinxForConditionalGeneration:
     """Seeded, what learns in fp32 on a CPU and bf16 on a GPU (a single one needs no sharding for the measurement)."""
     torch.manual_seed(0)
-    size = 224 if views == 1 else 448
-    vision = {**SMALL_VISION, "picture_size": size}
-    if device == "cuda":
-        vision = preset("sphinx-1k").vision_config.to_dict() | {"picture_size": size}
-    text = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096, **LLAMA[device]}
-    config = SphinxConfig(vision_config=vision, text_config=text, image_token_id=32000)
+    vision = SMALL_VISION if device == "cpu" else preset("sphinx-1k").vision_config.to_dict()
+    vision = {**vision, "picture_size": vision["view_size"] * (1 if views == 1 else 2)}
+    text = {"model_type": "llama", "vocab_size": VOCABULARY, "max_position_embeddings": 4096, **LLAMA[device]}
+    config = SphinxConfig(vision_config=vision, text_config=text, image_token_id=VOCABULARY)
     model: Any = SphinxForConditionalGeneration(config)
     choose_parts(model, ("language_model", "fusion"), None)
     return model.to(device, torch.bfloat16) if device == "cuda" else model.to(device)
@@ -78,8 +77,8 @@ def pieces_of(model: Any, stage: str, shape: tuple[int, int, int, int, int]) -> 
     pieces = []
     for number in range(pictures + texts):
         text = length if number >= pictures else rng.randint(20, 40) if stage == "stage1" else rng.randint(60, 400)
-        head = [1] + [32000] * (visual if number < pictures else 0)
-        ids = np.array(head + [rng.randrange(3, 32000) for _ in range(text)])
+        head = [1] + [VOCABULARY] * (visual if number < pictures else 0)
+        ids = np.array(head + [rng.randrange(3, VOCABULARY) for _ in range(text)])
         targets = np.full(len(ids), IGNORED)
         taught = np.arange(len(ids) - (text if stage == "stage1" else text // 3), len(ids))
         targets[taught - 1] = ids[taught]
@@ -88,14 +87,19 @@ def pieces_of(model: Any, stage: str, shape: tuple[int, int, int, int, int]) -> 
     return pieces
 
 
-def rows_of(model: Any, pieces: list[Piece], length: int) -> list[Row]:
-    """Packed, with pixels."""
-    vision, rows = model.config.vision_config, []
+def pixels_of(model: Any, pieces: list[Piece]) -> Tensor:
+    """Views of the pictures, in the order of their pieces: those with a picture come first."""
+    vision, pictures = model.config.vision_config, sum(piece.picture is not None for piece in pieces)
+    drawn = torch.Generator().manual_seed(0)
+    return torch.randn(pictures * vision.num_views, 3, vision.view_size, vision.view_size, generator=drawn)
+
+
+def rows_of(model: Any, pieces: list[Piece], pixels: Tensor, length: int) -> list[Row]:
+    """Packed, each row with the views of its own pictures."""
+    views, rows = pixels.split(model.config.vision_config.num_views), []
     for row in pack([len(piece) for piece in pieces], length):
-        chosen = [pieces[k] for k in row]
-        views = sum(piece.picture is not None for piece in chosen) * vision.num_views
-        pixels = torch.randn(views, 3, 224, 224) if views else None
-        rows.append(make_row(chosen, pixels).to(model.device))
+        seen = [views[k] for k in row if pieces[k].picture is not None]
+        rows.append(make_row([pieces[k] for k in row], torch.cat(seen) if seen else None).to(model.device))
     return rows
 
 
@@ -123,7 +127,7 @@ def ours(model: Any, rows: list[Row]) -> Call:
     return step
 
 
-def padded(model: Any, pieces: list[Piece], pixels: Tensor | None) -> Call:
+def padded(model: Any, pieces: list[Piece], pixels: Tensor) -> Call:
     """The same conversations as a batch, right-padded, through the model's own forward."""
     longest = max(len(piece) for piece in pieces)
     ids = torch.zeros(len(pieces), longest, dtype=torch.long)
@@ -133,12 +137,13 @@ def padded(model: Any, pieces: list[Piece], pixels: Tensor | None) -> Call:
         ids[k, :n], mask[k, :n] = torch.from_numpy(piece.ids), 1
         labels[k, 1:n] = torch.from_numpy(piece.targets[:-1])
     optimizer = optimizer_of([(n, p) for n, p in model.named_parameters() if p.requires_grad])
+    seen = pixels.to(model.device, model.dtype)
     inputs = {
         name: t.to(model.device) for name, t in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))
     }
 
     def step() -> float:
-        loss = model(**inputs, pixel_values=pixels).loss
+        loss = model(**inputs, pixel_values=seen).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -152,7 +157,7 @@ def plain_llama(model: Any, rows: list[Row]) -> Call:
     config = LlamaConfig(**{k: v for k, v in model.config.text_config.to_dict().items() if k != "model_type"})
     llama: Any = LlamaForCausalLM(config).to(model.device, next(model.lm_head.parameters()).dtype)
     optimizer = optimizer_of(list(llama.named_parameters()))
-    ids = [torch.randint(3, 32000, (1, len(row)), device=model.device) for row in rows]
+    ids = [torch.randint(3, VOCABULARY, (1, len(row)), device=model.device) for row in rows]
 
     def step() -> None:
         for row in ids:
@@ -177,11 +182,11 @@ def stage_line(stage: str, chosen: argparse.Namespace, gemm: float) -> Line:
     shape = SHAPES[chosen.device][stage]
     model: Any = build(chosen.device, shape[0])
     pieces = pieces_of(model, stage, shape)
-    rows = rows_of(model, pieces, shape[4])
-    pictures = [row.pixel_values for row in rows if row.pixel_values is not None]
+    pixels = pixels_of(model, pieces)
+    rows = rows_of(model, pieces, pixels, shape[4])
     calls = {
         "": ours(model, rows),
-        "padded": padded(model, pieces, torch.cat(pictures).to(model.dtype)),
+        "padded": padded(model, pieces, pixels),
         "plain Llama": plain_llama(model, rows),
     }
     operations, language = Flops.of(model).step(rows)
@@ -228,9 +233,9 @@ def head_calls(rows: int, width: int, vocabulary: int, device: str) -> dict[str,
 def head_line(rows: int, chosen: argparse.Namespace, gemm: float) -> Line:
     """The loss alone."""
     width = LLAMA[chosen.device]["hidden_size"]
-    seconds = median_seconds(head_calls(rows, width, 32000, chosen.device), chosen.device, chosen.seconds)
-    rate = 6 * rows * width * 32000 / seconds[""]
-    line = Line("train", f"head {rows:,} x {width} x 32000", seconds[""] * 1e3, 0.0, 100 * rate / gemm)
+    seconds = median_seconds(head_calls(rows, width, VOCABULARY, chosen.device), chosen.device, chosen.seconds)
+    rate = 6 * rows * width * VOCABULARY / seconds[""]
+    line = Line("train", f"head {rows:,} x {width} x {VOCABULARY}", seconds[""] * 1e3, 0.0, 100 * rate / gemm)
     line.teraflops_per_second, line.ceiling = rate / 1e12, "matrix products"
     line.ratio_to = {peer: value / seconds[""] for peer, value in seconds.items() if peer}
     print(line, flush=True)

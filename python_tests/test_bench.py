@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import math
+
 import bench_tower
+import bench_train
 import bench_views
 import pytest
 import torch
 from bench_loading import drawn_picture, jpeg, processors
-from tiny import tiny_config
+from tiny import TEXT, VISION, tiny_config
 
 from sphinx_fast.ops import encoder_views
 
@@ -52,3 +56,54 @@ def test_every_call_of_the_tower_benchmark_does_the_same_work(name: str) -> None
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     else:
         torch.testing.assert_close(made["view by view"], made["batched"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of a few thousand weights; pictures and texts of several rows, so that packing changes their order."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    monkeypatch.setattr(bench_train, "LLAMA", {"cpu": {name: TEXT[name] for name in names}})
+    monkeypatch.setattr(bench_train, "SMALL_VISION", VISION)
+    monkeypatch.setattr(bench_train, "VOCABULARY", TEXT["vocab_size"])
+    shapes = {"stage1": (1, 5, 2, 90, 130), "stage2": (5, 2, 2, 100, 520)}
+    monkeypatch.setattr(bench_train, "SHAPES", {"cpu": shapes})
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_step_of_training_is_that_of_a_padded_batch(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same losses, before an update and after one: so the gradients are the same too."""
+    monkeypatch.setattr(bench_train, "optimizer_of", lambda named: torch.optim.SGD([p for _, p in named], lr=1.0))
+    shape = bench_train.SHAPES["cpu"][stage]
+    losses = []
+    for ours in (True, False):
+        model = bench_train.build("cpu", shape[0])  # seeded: twice the same
+        pieces = bench_train.pieces_of(model, stage, shape)
+        pixels = bench_train.pixels_of(model, pieces)
+        rows = bench_train.rows_of(model, pieces, pixels, shape[4])
+        assert len(rows) > 1 and len(pixels) == shape[0] * shape[1]
+        step = bench_train.ours(model, rows) if ours else bench_train.padded(model, pieces, pixels)
+        losses.append([step() for _ in range(3)])
+    assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(*losses, strict=True)), losses
+    assert losses[0][2] < losses[0][0] - 0.1, "and the updates count"
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_every_call_of_the_training_benchmark_runs(stage: str) -> None:
+    line = bench_train.stage_line(stage, argparse.Namespace(device="cpu", seconds=0.0), 1e9)
+    assert set(line.ratio_to) == {"padded", "plain Llama"}
+    assert all(math.isfinite(value) and value > 0 for value in (*line.ratio_to.values(), *line.figures.values()))
+
+
+@pytest.mark.usefixtures("small")
+def test_every_way_of_the_head_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sphinx_fast.train.loss.CHUNK", 1000)  # several chunks
+    calls = bench_train.head_calls(37, 16, 200, "cpu")
+    ours = calls.pop("")()
+    assert {"all logits"} <= calls.keys() and [tuple(g.shape) for g in ours] == [(37, 16), (200, 16)]
+    for peer, call in calls.items():
+        for one, other in zip(ours, call(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7, msg=lambda said, peer=peer: f"{peer}: {said}")
+    line = bench_train.head_line(8, argparse.Namespace(device="cpu", seconds=0.0), 1e9)
+    assert set(line.ratio_to) == set(calls)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sphinx_fast.cli import main
+from sphinx_fast.train import settings as module
 from sphinx_fast.train.settings import Stage1, Stage2, make_settings, read_settings
 
 START: dict[str, Any] = {"model": "m", "out": "o"}
@@ -58,6 +60,7 @@ def test_groups_keep_their_other_defaults() -> None:
         ({"train": ["encoders"]}, "train: expected some of language_model, fusion"),
         ({"steps": 3, "epochs": 1}, "give steps or epochs, one of them"),
         ({"quantize": "nf4"}, "quantised weights do not train; add lora"),
+        ({"quantize": "int4", "lora": {}}, "int4 weights have no gradient"),
         ({"optimizer": {"rate": 1e-5, "min_rate": 1e-4}}, "expected 0 <= min_rate <= rate"),
         ({"data": []}, "at least one data set"),
         ({"data": [{"path": "a", "ratio": 0}]}, "ratio: expected more than 0"),
@@ -136,3 +139,10 @@ def test_an_unknown_key_fails_before_anything_runs(tmp_path: Path, capsys: pytes
     said = capsys.readouterr().err
     assert said == f"sphinx-fast: {file}: unknown key bacth; did you mean batch?\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_every_key_is_documented() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    groups = (Stage1, Stage2, module.DataSettings, module.OptimizerSettings, module.LoraSettings, module.ScaleSettings)
+    names = {field.name for group in groups for field in dataclasses.fields(group)} | {"preset"}
+    assert not sorted(name for name in names if f"`{name}`" not in text)

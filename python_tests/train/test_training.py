@@ -23,6 +23,7 @@ from sphinx_fast.train import checkpoint
 from sphinx_fast.train import training as module
 from sphinx_fast.train.settings import make_settings
 from sphinx_fast.train.training import Training, TrainingStoppedError
+from sphinx_fast.weights import quantize
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "training.json").read_text())
 STAGES = {"stage1": stage1, "stage2": stage2}
@@ -334,6 +335,36 @@ def test_adapters_beside_half_precision(tmp_path: Path) -> None:
     assert run.parts.model.lm_head.weight.dtype == torch.bfloat16
     run.run()
     assert log(tmp_path / "run")[-1]["loss"] < 7
+
+
+@pytest.mark.parametrize("method", ["int8", "nf4"])
+def test_adapters_on_quantised_weights(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nf4 is refused without a GPU, but bitsandbytes computes on a CPU too: what is done there can be tested here."""
+    if method == "nf4":
+        pytest.importorskip("bitsandbytes")
+        monkeypatch.setattr(quantize, "check", lambda *_: None)
+    changes: dict[str, Any] = {"quantize": method, "lora": {"rank": 4}, "scale": {"checkpoint": True}, "steps": 8}
+    run = training("stage2", tmp_path / "run", save_every=3, **changes)
+    resting = {n: p for n, p in run.parts.model.named_parameters() if n.endswith("proj.base_layer.weight")}
+    assert len(resting) == 2 * 7 and all(quantize.is_quantized(p) and not p.requires_grad for p in resting.values())
+    assert {p.dtype for p in run.parameters.values()} == {torch.float32}
+    assert all("lora_" in name or name.startswith("model.fusion.") for name in run.parameters)
+    before = {name: bits(parameter) for name, parameter in resting.items()}
+    assert run.run() == tmp_path / "run/adapter" and not (tmp_path / "run/model").exists()
+    assert all(torch.equal(bits(parameter), before[name]) for name, parameter in resting.items())
+    assert log(tmp_path / "run")[-1]["loss"] < log(tmp_path / "run")[0]["loss"] - 0.1
+    for name in ("adapter_model", "fusion"):
+        assert all(value.isfinite().all() for value in load_file(tmp_path / f"run/adapter/{name}.safetensors").values())
+    training("stage2", tmp_path / "cut", save_every=3, **changes).run(until=5)
+    again = training("stage2", tmp_path / "cut", save_every=3, **changes)
+    again.run()
+    ours, theirs = weights_and_moments(again), weights_and_moments(run)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def bits(parameter: torch.Tensor) -> torch.Tensor:
+    """The integers of a quantised weight."""
+    return (parameter.qdata if hasattr(parameter, "qdata") else parameter.data).clone()
 
 
 def test_adapters_resume(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,20 @@ def test_a_run_resumes_on_a_gpu(tmp_path: Path) -> None:
     assert again.resume() and again.step == 2
     folder = again.run()
     assert folder is not None and (folder / "model.safetensors").is_file()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_adapters_on_quantised_weights(method: str, tmp_path: Path) -> None:
+    if method == "nf4":
+        pytest.importorskip("bitsandbytes")
+    changes = {"quantize": method, "lora": {"rank": 4}, "scale": {"checkpoint": True}}
+    run = Training(make_settings("stage2", stage2(tmp_path / "run", device="cuda", steps=8, **changes)), progress=False)
+    assert {parameter.dtype for parameter in run.parameters.values()} == {torch.float32}
+    assert run.run() == tmp_path / "run/adapter" and run.skipped == 0
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+    lines = [json.loads(line)["loss"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert lines[-1] < lines[0] - 0.1
 
 
 @pytest.mark.gpu

@@ -24,6 +24,7 @@ from transformers import AutoModelForImageTextToText
 from sphinx_fast import EMBEDDED_MODEL, Sphinx, SphinxForConditionalGeneration
 from sphinx_fast.cli import main
 from sphinx_fast.weights import mix as mix_module
+from sphinx_fast.weights.alike import names_of
 from sphinx_fast.weights.foreign import WeightsError
 from sphinx_fast.weights.layout import on_disk_shapes
 from sphinx_fast.weights.mix import PARTS, mix
@@ -290,6 +291,17 @@ def test_beta_of_one_answers_as_the_first(minis: list[Path], tmp_path: Path) -> 
     assert main(["mix", "--weights", "1,0", *map(str, minis), str(tmp_path / "new"), "--quiet"]) == 0
     name = "model.safetensors"
     assert (tmp_path / "new" / name).read_bytes() == (minis[0] / name).read_bytes()
+
+
+def test_results_of_training_are_told_apart(minis: list[Path], tmp_path: Path, capsys: Any) -> None:
+    """They are all called `model`; what is recorded says which is which, and nothing of where they lie besides."""
+    folders = [shutil.copytree(folder, tmp_path / "runs" / folder.name / "model") for folder in minis]
+    assert main(["mix", "--beta", "0.3", *map(str, folders), str(tmp_path / "new"), "--quiet"]) == 0
+    assert capsys.readouterr().out.endswith("new: 0.3 real/model + 0.7 syn/model\n")
+    record = json.loads((tmp_path / "new" / "mixing.json").read_text())
+    assert [source["folder"] for source in record["sources"]] == ["real/model", "syn/model"]
+    assert names_of(["/a", "b", "/a"]) == ["a", "b", "a"]
+    assert names_of(["/x/a", "/a", "/y/a"]) == ["x/a", "a", "y/a"] and names_of(["/"]) == [""]
 
 
 def test_three_folders_and_a_bar(minis: list[Path], tmp_path: Path, capsys: Any) -> None:

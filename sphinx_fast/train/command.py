@@ -10,7 +10,7 @@ from sphinx_fast.model.config import SphinxConfig
 from sphinx_fast.train.batches import Steps
 from sphinx_fast.train.estimate import estimate
 from sphinx_fast.train.settings import Settings, Stage1
-from sphinx_fast.train.streams import Length, open_sources, record_stream
+from sphinx_fast.train.streams import Length, check_texts, named, open_sources, record_stream
 
 
 def dry_run(settings: Settings, world: int) -> str:
@@ -27,6 +27,8 @@ def dry_run(settings: Settings, world: int) -> str:
     dtype = fast if settings.scale.dtype == "auto" else parse_dtype(settings.scale.dtype)
     lines = [str(estimate(config, settings, world=world, dtype=dtype))]
     data = open_sources(settings.data)  # type: ignore[attr-defined]
+    named(open_sources(settings.eval_data))
+    check_texts(settings)
     for source, ratio in data:
         lines.append(f"data        {source.name}: {len(source):,} rows, ratio {ratio:g}")
     if data:

@@ -22,7 +22,7 @@ from sphinx_fast.train.packing import Row
 from sphinx_fast.train.pointer import coordinate_ids
 from sphinx_fast.train.schedule import Schedule
 from sphinx_fast.train.settings import OptimizerSettings, Settings, Stage1, Stage2
-from sphinx_fast.train.streams import Reading, named, open_sources, read
+from sphinx_fast.train.streams import Reading, check_texts, named, open_sources, read
 from sphinx_fast.vision.tower import VisionFeatures
 
 
@@ -88,6 +88,7 @@ def build(settings: Settings, *, progress: bool = True) -> Parts:
     machine = Machine.of(settings)
     data = open_sources(settings.data)  # type: ignore[attr-defined]
     evaluated = named(open_sources(settings.eval_data))
+    check_texts(settings)
     model, processor = _model(settings, machine)
     soft = soft_labels(settings, processor, model.lm_head.weight.shape[0])
     torch.manual_seed(settings.seed)  # adapters begin with random numbers

@@ -327,6 +327,7 @@ def _check(settings: Settings, where: str) -> None:
     need(settings.max_length >= 16, "max_length: expected at least 16")
     need(settings.keep >= 1 and settings.save_every >= 1, "keep and save_every: expected at least 1")
     need(settings.quantize is None or settings.lora is not None, "quantize: quantised weights do not train; add lora")
+    need(settings.quantize != "int4", "quantize: int4 weights have no gradient; nf4 and int8 have")
     need(settings.report in (None, "tensorboard", "wandb"), "report: expected tensorboard, wandb or nothing")
     sources = typing.cast(Any, settings).data
     need(all(0 < source.ratio < math.inf for source in sources), "data: ratio: expected more than 0")

@@ -78,10 +78,17 @@ def open_sources(data: Sequence[DataSettings]) -> list[tuple[Source, float]]:
     opened: list[tuple[Source, float]] = []
     for entry in data:
         if entry.type == "meta":
-            opened += [(listed.open(), listed.ratio * entry.ratio) for listed in read_meta(entry.path)]
+            listed = read_meta(entry.path)
+            opened += [(one.open(), one.ratio * (one.prob or 1.0) * entry.ratio) for one in listed]
         else:
             opened.append((open_source(entry.type, entry.path, root=entry.root, **entry.options), entry.ratio))
     return opened
+
+
+def check_texts(settings: Settings) -> None:
+    """Refuse a corpus that is not there, before anything is loaded."""
+    if isinstance(settings, Stage1) and settings.text_tokens:
+        files(list(settings.text))
 
 
 def named(data: Sequence[tuple[Source, float]]) -> dict[str, Source]:

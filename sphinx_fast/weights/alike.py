@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sphinx_fast.model.image_processor import SphinxImageProcessor
-from sphinx_fast.weights.checkpoint import Checkpoint
+from sphinx_fast.weights.checkpoint import Checkpoint, PathLike
 from sphinx_fast.weights.foreign import WeightsError, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -106,3 +107,13 @@ def is_quantised(key: str, dtype: torch.dtype) -> bool:
     if dtype == torch.bool:
         return False
     return dtype.itemsize == 1 or (key.endswith("weight") and not dtype.is_floating_point)
+
+
+def names_of(folders: Sequence[PathLike]) -> list[str]:
+    """What folders are called in records: their last names, with as many before as tell them apart.
+
+    Every result of training is called `model`: these are real/model and syn/model.
+    """
+    parts = [Path(folder).resolve().parts[1:] for folder in folders]
+    depth = next(n for n in range(1, 2 + max(map(len, parts))) if len({p[-n:] for p in parts}) == len(set(parts)))
+    return ["/".join(part[-depth:]) for part in parts]

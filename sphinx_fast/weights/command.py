@@ -14,6 +14,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_sweep(args)
     if args.data:
         raise ValueError("mix: --data goes with --sweep")
+    from sphinx_fast.weights.alike import names_of
     from sphinx_fast.weights.mix import mix
 
     weights = _numbers(args.weights) if args.beta is None else [args.beta, 1 - args.beta]
@@ -21,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     if len(folders) != len(weights):
         raise ValueError(f"mix: expected {len(weights)} folders and the one to create, got {len(args.folders)}")
     mix(folders, weights, target, parts=args.parts, progress=not args.quiet)
-    terms = (f"{weight:.6g} {Path(folder).resolve().name}" for weight, folder in zip(weights, folders, strict=True))
+    terms = (f"{weight:.6g} {name}" for weight, name in zip(weights, names_of(folders), strict=True))
     print(f"{target}: {' + '.join(terms)}")
     return 0
 

@@ -27,6 +27,7 @@ from sphinx_fast.weights.alike import (
     check_processor,
     check_tensors,
     is_quantised,
+    names_of,
     settings_of,
 )
 from sphinx_fast.weights.checkpoint import Checkpoint, PathLike
@@ -203,7 +204,8 @@ def mix(
             for name in (INDEX, "config.json", "generation_config.json", *SAME_BYTES, *SAME_FIELDS):
                 if (opened.folders[0] / name).is_file():
                     shutil.copyfile(opened.folders[0] / name, partial / name)
-            record = [{"folder": f.resolve().name, "weight": w} for f, w in zip(opened.folders, weights, strict=True)]
+            named = zip(names_of(opened.folders), weights, strict=True)
+            record = [{"folder": name, "weight": weight} for name, weight in named]
             text = json.dumps({"parts": parts, "sources": record}, indent=2)
             (partial / "mixing.json").write_text(text + "\n", encoding="utf-8")
 

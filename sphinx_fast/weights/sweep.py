@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from transformers.core_model_loading import revert_weight_conversion
 
 from sphinx_fast.model.sphinx import SphinxForConditionalGeneration
+from sphinx_fast.weights.alike import names_of
 from sphinx_fast.weights.checkpoint import PathLike
 from sphinx_fast.weights.files import new_folder
 from sphinx_fast.weights.foreign import WeightsError
@@ -174,7 +174,7 @@ def table(points: Sequence[Point]) -> str:
 
 def write_report(points: Sequence[Point], folders: Sequence[PathLike], target: PathLike, *, parts: Parts) -> None:
     """`sweep.json`, `sweep.md` and `sweep.svg` in a new folder. Raises FileExistsError where it is there already."""
-    names = [Path(folder).resolve().name for folder in folders]
+    names = names_of(folders)
     losses, least = columns(points), best(points)
     title = f"Loss of beta {names[0]} + (1 - beta) {names[1]}"
     rows = [

@@ -1,4 +1,5 @@
-"""The losses of a sweep as an SVG: a line per domain over beta, its least marked; light or dark as the reader is."""
+"""Lines as an SVG, those of a sweep for instance: a line per domain over beta, its least marked; light or dark as the
+reader is."""
 
 from __future__ import annotations
 
@@ -25,7 +26,14 @@ STYLE = """<style>
 </style>"""
 
 
-def draw(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], best: Mapping[str, float]) -> str:
+def draw(
+    title: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    best: Mapping[str, float],
+    *,
+    along: str = "beta",
+    up: str = "loss",
+) -> str:
     """Lines {name: (beta, loss) ...} and the beta of each one's least. "mean" is dashed; nan and inf are left out."""
     shown = {name: sorted(p for p in points if math.isfinite(p[1])) for name, points in lines.items()}
     xs, ys = ([point[axis] for points in shown.values() for point in points] or [0.0] for axis in (0, 1))
@@ -44,8 +52,8 @@ def draw(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], best: M
         STYLE,
         f'<rect class="paper" width="{WIDTH}" height="{HEIGHT}"/>',
         f'<text class="ink" x="{LEFT}" y="22" font-size="14">{escape(title)}</text>',
-        f'<text class="ink" x="{(LEFT + right) / 2}" y="{HEIGHT - 16}" text-anchor="middle">beta</text>',
-        f'<text class="ink" transform="translate(18 {(TOP + floor) / 2}) rotate(-90)" text-anchor="middle">loss</text>',
+        f'<text class="ink" x="{(LEFT + right) / 2}" y="{HEIGHT - 16}" text-anchor="middle">{along}</text>',
+        f'<text class="ink" transform="translate(18 {(TOP + floor) / 2}) rotate(-90)" text-anchor="middle">{up}</text>',
     ]
     for value, label in _ticks(y0, y1, 6):
         y = down(value)
