@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input install -q -c constraints.txt
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help setup demo test endurance lint format bench gpu mini clean
+.PHONY: help setup demo test endurance lint format bench gpu mini claims clean
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
 
@@ -62,8 +62,11 @@ gpu:  ## on a machine with a GPU: build the CUDA half, run its tests and the ben
 	$(PY) -m pytest -q -m gpu python_tests
 	set -e; for file in bench/bench_*.py; do $(PY) $$file --device cuda; done
 
-mini: setup  ## train the embedded model from nothing (two cores, at most an hour)
+mini: setup  ## train the embedded model from nothing (two cores, at most 90 minutes)
 	$(PY) -m sphinx_fast.train.mini
+
+claims: setup  ## after mini: the paper's claims at its size, docs/results.md (two cores, at most 90 minutes)
+	$(PY) -m sphinx_fast.train.mini.claims
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info sphinx_fast/_C*.so $(VENV)/stamp-build

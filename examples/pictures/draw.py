@@ -17,9 +17,17 @@ from sphinx_fast.data import Question, Scene, questions, scene
 
 SCALE = 2
 PICTURES = {  # name: seed, and what is asked: (task, words of the question)
-    "shapes": (3041, [("vqa", "How many red circles"), ("vqa", "What color is the ring"), ("vqa", "Is there a blue")]),
+    "shapes": (
+        3041,
+        [
+            ("vqa", "How many red circles"),
+            ("detect_category", "circles"),
+            ("vqa", "What color is the ring"),
+            ("vqa", "Is there a blue"),
+        ],
+    ),
     "word": (2451, [("read", "What word"), ("text_boxes", "")]),
-    "refer": (165, [("refer", "blue circle"), ("vqa", "What shape is the purple object"), ("relation", "")]),
+    "refer": (165, [("refer", "yellow circle"), ("vqa", "What shape is the purple object"), ("relation", "")]),
     "detect": (9, [("detect_all", ""), ("grounded_caption", "")]),
     "person": (153, [("key_points", ""), ("caption", "What is in the image?")]),
     "defect": (105, [("defect", "")]),

@@ -37,6 +37,14 @@ def test_short_answers(answer: str, said: str, right: float) -> None:
     assert grade(Question("vqa", "any", "?", answer), said) == right
 
 
+@pytest.mark.parametrize("task", ["option_letter", "options"])
+def test_letters(task: str) -> None:
+    a, b = (Question(task, "colour", "?", letter) for letter in "AB")
+    said = ("A", " A.", "(A)", "A. circle", "", "the", "a circle", "A circle", "B", "AB", "a")
+    assert [grade(a, text) for text in said] == [1.0] * 4 + [0.0] * 7
+    assert grade(b, "B") == 1.0 and grade(b, "A") == 0.0
+
+
 def test_boxes_count_from_half_overlap() -> None:
     q = Question("refer", "shape", "?", "[0.10,0.20,0.50,0.60]", (BOX,), ("circle",))
     assert grade(q, "[0.10,0.20,0.50,0.41]") == 1.0  # IoU 0.525

@@ -7,6 +7,8 @@ from random import Random
 import numpy as np
 import pytest
 
+from sphinx_fast.data.scene_drawing import HELD_OUT_NAMES
+from sphinx_fast.data.scene_formats import FORMS, UNANSWERABLE
 from sphinx_fast.data.scene_questions import TASKS, Question, corpus, examples, questions
 from sphinx_fast.data.scenes import KINDS, WORDS, Scene, scene
 
@@ -144,11 +146,15 @@ def test_key_points() -> None:
 
 
 def test_relations() -> None:
-    for _, q in of("relation"):
+    for s, q in of("relation"):
         a, b = boxes_in(q.prompt)
+        names = [
+            next(t.name for t in s.things if np.allclose(s.square_box(t.box), box, atol=0.00501)) for box in (a, b)
+        ]
+        assert q.answer == f"{names[0]} {q.kind} {names[1]}"
         apart = {"left of": b[0] - a[2], "right of": a[0] - b[2], "above": b[1] - a[3], "below": a[1] - b[3]}
-        assert apart[q.answer] >= -0.011, q
-    assert len({q.answer for _, q in of("relation")}) == 4
+        assert apart[q.kind] >= -0.011, q
+    assert len({q.kind for _, q in of("relation")}) == 4
 
 
 def test_captions_name_everything() -> None:
@@ -165,6 +171,74 @@ def test_captions_name_everything() -> None:
         assert s.background in q.answer and (s.defect.kind if s.defect else "without") in q.answer
 
 
+def short_question(s: Scene, text: str) -> list[str]:
+    """The answers of "What color is the ..?" or "What shape is the ..?", read word by word."""
+    words = re.match(r"What (color|shape) is the (.+)\?", text)
+    assert words
+    return [t.colour if words[1] == "color" else t.shape for t in fitting(s, words[2])]
+
+
+def test_options_have_one_right_letter() -> None:
+    letters = Counter()
+    for task in ("option_letter", "options"):
+        for s, q in of(task):
+            options = dict(re.findall(r"([A-D])\. (\w+)", q.prompt))
+            assert len(options) == len(set(options.values())) == 4
+            right = short_question(s, q.prompt.split("\n")[0])
+            assert [letter for letter, value in options.items() if value in right] == [q.answer]
+            letters[q.answer] += 1
+    assert min(letters[letter] for letter in "ABCD") > 0.15 * letters.total()
+
+
+def test_unanswerable_is_what_is_not_there() -> None:
+    answers = Counter()
+    for s, q in of("unanswerable"):
+        right = short_question(s, q.prompt.split("\n")[0])
+        assert [q.answer] == (right or [UNANSWERABLE]) and bool(q.boxes) == bool(right)
+        answers[q.answer == UNANSWERABLE] += 1
+    assert 0.35 < answers[True] / answers.total() < 0.65
+
+
+def test_a_class_is_the_only_thing_and_a_reference_may_be_wrong() -> None:
+    for s, q in of("classify"):
+        kinds = [getattr(t, "shape", None) or ("person" if t in s.people else "text") for t in s.things]
+        assert q.answer == f"This is a {s.background + ' surface' if s.kind == 'defect' else kinds[0]}"
+        assert s.kind == "defect" or len(kinds) == 1
+    references = [(re.search(r"token: (\w+)\n", q.prompt)[1], q.answer) for _, q in of("ocr_vqa")]
+    assert 0.5 < np.mean([seen == said for seen, said in references]) < 0.95
+
+
+def test_detailed_captions_name_everything_and_say_what_is_so() -> None:
+    for s, q in of("detailed_caption"):
+        first, *rest = q.answer.split(". ")
+        for thing in s.things:
+            assert (f"{thing.size} {thing.name}" if thing in s.objects else thing.name) in first
+        for sentence in rest:
+            words = re.match(r"The (.+) is (left of|right of|above|below) the (.+?)\.?$", sentence)
+            assert words, sentence
+            a, b = (s.square_box(fitting(s, noun if noun[:4] not in ("word", "numb") else f"the {noun}")[0].box)
+                    for noun in (words[1], words[3]))  # fmt: skip
+            apart = {"left of": b[0] - a[2], "right of": a[0] - b[2], "above": b[1] - a[3], "below": a[1] - b[3]}
+            assert apart[words[2]] >= 0, (s.seed, sentence)
+
+
+def test_boxes_and_names_are_those_of_what_is_asked_about() -> None:
+    for s, q in ASKED:
+        there = {s.square_box(t.box) for t in s.things}
+        assert set(q.boxes) <= there, q
+        if q.task == "vqa":
+            assert q.names and (q.answer in ("no", "0")) == (not q.boxes), q
+            if q.kind == "count":
+                assert len(q.boxes) == int(q.answer)
+
+
+def test_training_is_never_asked_about_held_out_combinations() -> None:
+    held_out = re.compile("|".join(HELD_OUT_NAMES))
+    for split, told in (("train", False), ("test", False), ("unseen", True)):
+        asked = [q for k in range(150) for s in [scene(k, split=split)] for q in questions(s, Random(k))]
+        assert any(held_out.search(f"{q.prompt} {q.answer}") for q in asked) == told
+
+
 def test_defects() -> None:
     found = of("defect")
     for s, q in found:
@@ -178,7 +252,8 @@ def test_coordinates_lie_in_the_square() -> None:
         for box in (*q.boxes, *boxes_in(q.answer), *boxes_in(q.prompt)):
             assert all(0.0 <= v <= 1.0 for v in box)
             assert len(box) == 2 or (box[0] < box[2] and box[1] < box[3])
-        assert q.answer == q.answer.lower() and q.answer.isascii() and q.prompt.isascii()
+        assert q.answer.isascii() and q.prompt.isascii()
+        assert q.answer == q.answer.lower() or q.task in FORMS
 
 
 def test_examples_are_one_per_scene_and_repeatable() -> None:

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 
 from sphinx_fast.data import scene_drawing as drawing
-from sphinx_fast.data.scenes import KINDS, SIZES, SPLITS, Scene, scene, stream
+from sphinx_fast.data.scenes import DOMAINS, KINDS, SIZES, SPLITS, Scene, scene, stream
 
 SEEDS = range(100)
 
 
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
-    return [scene(seed) for seed in SEEDS] + [scene(seed, kind=kind) for kind in KINDS for seed in range(20)]
+    drawn = [scene(seed) for seed in SEEDS] + [scene(seed, kind=kind) for kind in KINDS for seed in range(20)]
+    drawn += [scene(seed, domain="textured") for seed in SEEDS]
+    return drawn + [scene(seed, split="unseen", domain=domain) for seed in range(20) for domain in DOMAINS]
 
 
 def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -29,8 +31,13 @@ def test_same_seed_same_scene() -> None:
 
 
 def test_splits_are_different_streams() -> None:
-    pictures = {(split, scene(seed, split=split).picture.tobytes()) for split in SPLITS for seed in range(60)}
-    assert len({p for _, p in pictures}) == 60 * len(SPLITS)
+    pictures = {
+        scene(seed, split=split, domain=domain).picture.tobytes()
+        for split in SPLITS
+        for domain in DOMAINS
+        for seed in range(60)
+    }
+    assert len(pictures) == 60 * len(SPLITS) * len(DOMAINS)
 
 
 def test_pictures_are_rgb_of_several_shapes(scenes: list[Scene]) -> None:
@@ -104,6 +111,45 @@ def test_scale_draws_the_same_layout_larger() -> None:
             assert np.abs(np.array(s.box) - np.array(t.box) / 3).max() <= 3
 
 
+def test_a_textured_scene_is_the_same_at_every_scale() -> None:
+    for seed in range(10):
+        small, large = (scene(seed, domain="textured", scale=scale) for scale in (1, 2))
+        assert [t.name for t in small.things] == [t.name for t in large.things]
+        ground = (small.ids == 0) & (large.ids[::2, ::2] == 0) & (large.ids[1::2, 1::2] == 0)
+        assert np.abs(small.picture.astype(int) - large.picture[::2, ::2])[ground].max() <= 1
+
+
+def test_domains_differ_visibly() -> None:
+    """The clean ground is quiet, the textured one rough; in both the ink stands out from it."""
+
+    def roughness(s: Scene) -> float:
+        right = np.abs(np.diff(s.picture.astype(int), axis=1)).mean(-1)
+        return float(np.median(right[(s.ids[:, 1:] == 0) & (s.ids[:, :-1] == 0)]))
+
+    clean, textured = ([scene(seed, domain=domain) for seed in range(60)] for domain in DOMAINS)
+    clean = [s for s in clean if s.background != "noise" and s.kind != "defect"]
+    assert max(map(roughness, clean)) < min(map(roughness, textured))
+    for s in textured:
+        if s.objects:
+            light = s.picture[s.ids == 0].mean()
+            assert all(np.abs(s.picture[s.ids == k].mean(0) - light).max() > 30 for k in range(1, 1 + len(s.objects)))
+
+
+def test_held_out_combinations_are_drawn_in_unseen_alone() -> None:
+    assert {s for s, _ in drawing.HELD_OUT} == set(drawing.SHAPES)
+    assert {c for _, c in drawing.HELD_OUT} == set(drawing.COLOURS)
+    for split in SPLITS:
+        for domain in DOMAINS:
+            for seed in range(150):
+                found = {o.name for o in scene(seed, split=split, domain=domain).objects} & drawing.HELD_OUT_NAMES
+                if split != "unseen":
+                    assert not found
+    shapes = [scene(seed, split="unseen", kind="shapes") for seed in range(100)]
+    held_out = [{o.name for o in s.objects} & drawing.HELD_OUT_NAMES for s in shapes]
+    assert np.mean([bool(found) for found in held_out]) > 0.97  # one may have found no room
+    assert set().union(*held_out) == drawing.HELD_OUT_NAMES
+
+
 def test_every_attribute_occurs() -> None:
     drawn = [scene(seed) for seed in range(300)]
     assert {o.shape for s in drawn for o in s.objects} == set(drawing.SHAPES)
@@ -113,7 +159,9 @@ def test_every_attribute_occurs() -> None:
     assert {len(s.objects) for s in drawn} == set(range(7))
 
 
-@pytest.mark.parametrize("bad", [{"split": "dev"}, {"kind": "cats"}, {"seed": -1}, {"scale": 0}, {"scale": 99}])
+@pytest.mark.parametrize(
+    "bad", [{"split": "dev"}, {"domain": "oil"}, {"kind": "cats"}, {"seed": -1}, {"scale": 0}, {"scale": 99}]
+)
 def test_bad_arguments(bad: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         scene(**{"seed": 0, **bad})

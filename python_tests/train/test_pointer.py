@@ -38,12 +38,35 @@ MANY = ("all?", f"circle{BOX}, word[0.00,0.00,1.00,1.00];[0.20,0.20,0.21,0.21] p
 def test_boxes_are_found_where_they_are_to_be_said() -> None:
     row = make_row([piece(SAID, REFER), piece(MANY, picture=False)])
     places, boxes = FINDER(row)
-    assert boxes[::4].tolist() == [
+    assert boxes.shape == (18, 1, 4)
+    assert boxes[[0, 4, 8, 12, 16], 0].tolist() == [
         pytest.approx(box)
-        for box in ([0.1, 0.2, 0.3, 0.45], [0.1, 0.2, 0.3, 0.45], [0, 0, 1, 1], [0.2, 0.2, 0.21, 0.21])
+        for box in (
+            [0.1, 0.2, 0.3, 0.45],
+            [0.1, 0.2, 0.3, 0.45],
+            [0, 0, 1, 1],
+            [0.2, 0.2, 0.21, 0.21],
+            [0.1, 0.2, 0.1, 0.2],  # a point
+        )
     ]
     said = [PROCESSOR.tokenizer.convert_ids_to_tokens(int(row.targets[place])) for place in places]
-    assert said[:4] == ["0.10", "0.20", "0.30", "0.45"] and len(said) == 16
+    assert said[:4] == ["0.10", "0.20", "0.30", "0.45"] and said[16:] == ["0.10", "0.20"]
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_answers_without_coordinates_look_at_what_they_are_about(independent: bool) -> None:
+    turns = (("how many?", "two"), ("is it red?", "yes"), REFER)
+    looks = (((0.1, 0.1, 0.2, 0.2), (0.5, 0.5, 0.9, 0.9)), (), ((0.1, 0.2, 0.3, 0.45),))
+    record = Conversation(turns, Path("p.png"), "row", looks=looks)
+    made = PieceMaker(PROCESSOR, 2000, independent).conversation(record)
+    row = make_row([piece(SAID), made])
+    places, boxes = FINDER(row, [piece(SAID), made])
+    said = [PROCESSOR.tokenizer.convert_ids_to_tokens(int(row.targets[place])).strip("\u2581") for place in places]
+    assert said == ["two", "", "0.10", "0.20", "0.30", "0.45"]
+    assert boxes.shape == (6, 2, 4) and boxes[1:, 1].isnan().all()
+    torch.testing.assert_close(boxes[0], torch.tensor(looks[0]))
+    patches = Pointing(row, CONFIG).targets(boxes).view(6, 6, 6)
+    assert patches[0].nonzero().tolist() == [[0, 0], *([y, x] for y in (3, 4) for x in (3, 4))]
 
 
 def test_the_loss_is_the_attention_on_the_patches_of_the_box() -> None:
@@ -76,7 +99,7 @@ def test_the_loss_is_the_attention_on_the_patches_of_the_box() -> None:
 def test_the_patches_of_a_box_are_those_its_owner_has() -> None:
     drawn = scene(0)
     row = make_row([piece(REFER)])
-    boxes = torch.tensor([drawn.square_box(thing.box) for thing in drawn.things])
+    boxes = torch.tensor([drawn.square_box(thing.box) for thing in drawn.things])[:, None]
     owned = Pointing(row, CONFIG).targets(boxes).any(0)
     assert torch.equal(owned.view(6, 6), torch.from_numpy(dense_targets(drawn, 6)["thing"] > 0))
 
@@ -112,10 +135,12 @@ def test_scenes_are_rows() -> None:
     data = Scenes(Path("scenes"), Path(), count=5, start=7)
     assert len(data) == 5
     rows = [data[k] for k in range(5)]
-    assert rows[2] == data[2] and rows[0].name == "scenes:7"
+    assert rows[2] == data[2] and rows[0].name == "scenes-clean:7"
     assert all(len(row.turns) == len(row.weights) and set(row.weights) <= {0.5, 1.0, 1.5, 2.0} for row in rows)
     captions = Scenes(Path("scenes"), Path(), count=5, captions=True)[0]
     assert captions.turns[0][0] == "" and captions.turns[0][1] and captions.weights == ()
-    for wrong in ({"count": -1}, {"most": 0}, {"start": -2}):
-        with pytest.raises(ValueError, match="scenes: expected"):
+    assert all(len(row.looks) == len(row.turns) for row in rows)
+    assert rows[0].picture != Scenes(Path("scenes"), Path(), start=7, domain="textured")[0].picture
+    for wrong in ({"count": -1}, {"most": 0}, {"start": -2}, {"domain": "oil"}):
+        with pytest.raises(ValueError, match=r"scenes: .*expected"):
             Scenes(Path("scenes"), Path(), **wrong)

@@ -42,12 +42,15 @@ class Conversation:
     picture  path of the file, the file's bytes, or None: text only
     name     where it came from, for messages: "train.jsonl:17"
     weights  of the answers in the loss, 0 for one that is not trained; empty: all 1
+    looks    per turn the boxes in the padded square, (x1, y1, x2, y2) in [0, 1], that one must look at to answer;
+             empty: not known. Training with a pointer uses them, for answers that say no coordinates.
     """
 
     turns: tuple[tuple[str, str], ...]
     picture: Path | bytes | None = None
     name: str = ""
     weights: tuple[float, ...] = ()
+    looks: tuple[tuple[tuple[float, ...], ...], ...] = ()
 
     def as_json(self, root: Path | None = None) -> dict[str, Any]:
         """LLaVA's row, which the released training code reads too; the picture's path relative to `root`.

@@ -24,6 +24,9 @@ COLOURS = {
     "pink": (250, 132, 196),
     "black": (14, 14, 14),
 }
+# (shape, colour) that training never draws, one of each shape and one of each colour: the split "unseen" asks for them.
+HELD_OUT = frozenset((shape, list(COLOURS)[(3 * k + 2) % 8]) for k, shape in enumerate(SHAPES))
+HELD_OUT_NAMES = frozenset(f"{colour} {shape}" for shape, colour in HELD_OUT)
 INKS = ((58, 46, 40), (36, 46, 84))  # of words and people: dark, but none of the colours above
 BACKGROUNDS = ("plain", "gradient", "noise", "stripes")
 TEXTURES = ("metal", "wood", "fabric", "stone")
@@ -226,12 +229,12 @@ def _light(rng: Random) -> np.ndarray:
     return np.array([base + rng.uniform(-tint, tint) for _ in range(3)], np.float32)
 
 
-def background(kind: str, width: int, height: int, scale: int, rng: Random) -> Image.Image:
-    """A background picture, one of BACKGROUNDS or TEXTURES; the same one, only larger, at every scale."""
-    w, h = (
-        width // scale,
-        height // scale,
-    )
+def background(kind: str, width: int, height: int, scale: int, rng: Random, *, pale: bool = False) -> Image.Image:
+    """A background picture, one of BACKGROUNDS or TEXTURES; the same one, only larger, at every scale.
+
+    pale  a texture as light as BACKGROUNDS are, so that every colour and ink stands out from it
+    """
+    w, h = width // scale, height // scale
     noise = np.random.default_rng(rng.getrandbits(64))
     if kind == "plain":
         return Image.new("RGB", (width, height), tuple(int(v) for v in _light(rng)))
@@ -249,6 +252,8 @@ def background(kind: str, width: int, height: int, scale: int, rng: Random) -> I
         pixels = np.broadcast_to(pixels, (h, w, 3))
     else:
         pixels = _texture(kind, w, h, noise, rng)
+        if pale:
+            pixels = 128 + pixels // 2
     picture = Image.fromarray(pixels)
     return picture if scale == 1 else picture.resize((width, height), Image.Resampling.NEAREST)
 
@@ -275,3 +280,24 @@ def _texture(kind: str, w: int, h: int, noise: np.random.Generator, rng: Random)
         grain = np.repeat(np.repeat(coarse, 6, 0), 6, 1)[:h, :w, None]
         tint = (base, base - 2, base - 6)
     return (np.array(tint, np.int16) + grain).astype(np.uint8)  # 20..230: no overflow
+
+
+def weathered(picture: np.ndarray, ids: np.ndarray, scale: int, rng: Random) -> np.ndarray:
+    """The picture as if photographed: grain in the ink of each thing, light from one side, noise in every pixel.
+
+    picture uint8 [h, w, 3], ids uint8 [h, w] (0: background). The same at every scale, only larger.
+    """
+    h, w = (n // scale for n in picture.shape[:2])
+    noise = np.random.default_rng(rng.getrandbits(64))
+    turn, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0.05, 0.16)
+    across = np.linspace(-math.cos(turn), math.cos(turn), w)[None, :]
+    light = 1 + strength * (across + np.linspace(-math.sin(turn), math.sin(turn), h)[:, None]) / 1.5
+    grain = np.repeat(np.repeat(noise.integers(-26, 27, (h // 3 + 1, w // 3 + 1)), 3, 0), 3, 1)[:h, :w]
+    pixels = noise.integers(-14, 15, (h, w, 3)).astype(np.float32)
+    light, grain, pixels = (_enlarged(plane, scale) for plane in (light, grain, pixels))
+    inked = picture + (grain * (ids > 0))[..., None]
+    return (inked * light[..., None] + pixels).clip(0, 255).astype(np.uint8)
+
+
+def _enlarged(plane: np.ndarray, scale: int) -> np.ndarray:
+    return plane.repeat(scale, 0).repeat(scale, 1)

@@ -1,11 +1,13 @@
 """Grades for answers to questions about scenes, 0 to 1.
 
-vqa, read, relation, region_description    1 for the same words, apart from case, articles, stops, "two" for "2"
+vqa, read, relation, region_description    1 for the same words, apart from case, articles, stops, "two" for "2"; so
+                                           "Unanswerable", a reference from OCR and a class
+option_letter, options                     1 for the letter, alone or before a stop: "A", "(A)", "A. circle"
 refer                                      1 where the first box has IoU >= 0.5 with the right one
 detect_all, detect_category, text_boxes,   F1 of boxes paired one to one at IoU >= 0.5 (and of one name, where names
 grounded_caption                           are asked for)
 key_points                                 share of joints within a tenth of the longer side of the person's box
-caption                                    F1 of the words, articles left out
+caption, detailed_caption                  F1 of the words, articles left out
 defect                                     no: 1 for "no"; yes: 1 where the first box has IoU >= 0.5
 """
 
@@ -21,6 +23,7 @@ from sphinx_fast.tasks.boxes import Box, first_box, iou, parse_boxes, parse_key_
 _DROPPED = {"a", "an", "the", "and"}
 _DIGITS = {word: str(n) for n, word in enumerate(NUMERALS) if n}
 IOU, REACH = 0.5, 0.1
+_LETTER = re.compile(r"\(?([A-Z])\)?(?:[.:,].*)?", re.DOTALL)
 
 
 def plain_words(text: str) -> list[str]:
@@ -64,11 +67,11 @@ def _boxes_f1(said: Sequence[tuple[str, Box]], wanted: Sequence[tuple[str, Box]]
     return f1(len(mine), len(said), len(wanted))
 
 
-def _key_points(answer: str, question: Question) -> float:
-    """Share of the joints that are near enough."""
+def joints_near(answer: str, question: Question, reach: float = REACH) -> float:
+    """Share of the joints that are within `reach` of the longer side of the person's box."""
     x1, y1, x2, y2 = question.boxes[0]
-    reach, said = REACH * max(x2 - x1, y2 - y1), parse_key_points(answer)
-    hits = [name in said and math.hypot(said[name].x - x, said[name].y - y) <= reach for name, x, y in question.points]
+    near, said = reach * max(x2 - x1, y2 - y1), parse_key_points(answer)
+    hits = [name in said and math.hypot(said[name].x - x, said[name].y - y) <= near for name, x, y in question.points]
     return sum(hits) / len(hits)
 
 
@@ -76,9 +79,12 @@ def grade(question: Question, answer: str) -> float:
     """How right an answer is, 0 to 1 (see the top of this file)."""
     if question.task == "refer":
         return _box_hits(answer, question)
+    if question.task in ("option_letter", "options"):  # "A" is no article here
+        letter = _LETTER.fullmatch(answer.strip())
+        return float(letter is not None and letter[1] == question.answer)
     if question.task == "key_points":
-        return _key_points(answer, question)
-    if question.task == "caption":
+        return joints_near(answer, question)
+    if question.task in ("caption", "detailed_caption"):
         return _words_f1(answer, question.answer)
     if question.task == "defect":
         says_no = plain_words(answer)[:1] == ["no"]

@@ -7,14 +7,17 @@ only for a description that fits one thing. Answers are short and lower case; co
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from random import Random
 
-from sphinx_fast.data.scene_drawing import COLOURS, SHAPES
+from sphinx_fast.data.scene_drawing import COLOURS, HELD_OUT_NAMES, SHAPES
+from sphinx_fast.data.scene_formats import FORMS, other_forms
 from sphinx_fast.data.scene_words import (
+    Question,
     article,
+    box_text,
     count_of,
+    covers,
     description,
     exists,
     groups,
@@ -23,40 +26,22 @@ from sphinx_fast.data.scene_words import (
     plural,
     relation,
 )
-from sphinx_fast.data.scenes import Scene, SceneObject, ScenePerson, SceneText, SquareBox, Thing, scene
+from sphinx_fast.data.scenes import Scene, SceneObject, ScenePerson, SceneText, Thing, scene
 from sphinx_fast.tasks import prompts
-from sphinx_fast.tasks.boxes import Box, Point
 
 
-@dataclass(frozen=True)
-class Question:
-    """One question, its answer, and what grading needs.
-
-    task    one of TASKS
-    kind    what is asked within the task: for vqa colour, shape, count, yes/no; for refer shape, text, person; ...
-    boxes   the right boxes in the padded square, [0, 1], unrounded; `names` are theirs, in the same order
-    points  for key_points: (joint, x, y) in the padded square
-    """
-
-    task: str
-    kind: str
-    prompt: str
-    answer: str
-    boxes: tuple[SquareBox, ...] = ()
-    names: tuple[str, ...] = ()
-    points: tuple[tuple[str, float, float], ...] = ()
-
-
-@lru_cache(maxsize=1024)
-def box_text(box: tuple[float, ...]) -> str:
-    """`[x1,y1,x2,y2]`, or `[x,y]` of a point."""
-    if len(box) == 2:
-        return Point(box[0], box[1]).text()
-    return Box(box[0], box[1], box[2], box[3]).text()
-
-
-def _vqa(kind: str, question: str, answer: str, task: str = "vqa") -> Question:
-    return Question(task, kind, prompts.short_answer(question), answer)
+def _vqa(
+    s: Scene,
+    kind: str,
+    question: str,
+    answer: str,
+    things: Sequence[Thing],
+    task: str = "vqa",
+    names: tuple[str, ...] = (),
+) -> Question:
+    """A question with a short answer about these things."""
+    boxes = tuple(s.square_box(thing.box) for thing in things)
+    return Question(task, kind, prompts.short_answer(question), answer, boxes, names or tuple(t.name for t in things))
 
 
 def _colour(s: Scene, rng: Random) -> Iterator[Question]:
@@ -67,7 +52,7 @@ def _colour(s: Scene, rng: Random) -> Iterator[Question]:
         found = [(f"{o.size} {o.shape}", o) for o in s.objects if sized[o.shape, o.size] == 1]
     if found:
         name, thing = rng.choice(found)
-        yield _vqa("colour", f"What color is the {name}?", thing.colour)
+        yield _vqa(s, "colour", f"What color is the {name}?", thing.colour, [thing])
 
 
 def _shape(s: Scene, rng: Random) -> Iterator[Question]:
@@ -78,7 +63,7 @@ def _shape(s: Scene, rng: Random) -> Iterator[Question]:
         found = [(f"{o.size} {o.colour}", o) for o in s.objects if sized[o.colour, o.size] == 1]
     if found:
         name, thing = rng.choice(found)
-        yield _vqa("shape", f"What shape is the {name} object?", thing.shape)
+        yield _vqa(s, "shape", f"What shape is the {name} object?", thing.shape, [thing])
 
 
 def _count(s: Scene, rng: Random) -> Iterator[Question]:
@@ -91,10 +76,14 @@ def _count(s: Scene, rng: Random) -> Iterator[Question]:
             nouns[noun] = count_of(s, noun)
     if rng.random() < 0.1:
         o = rng.choice(s.objects)
-        nouns = {noun: 0 for noun in (f"{o.colour} {rng.choice(SHAPES)}",) if noun not in nouns} or nouns
+        noun = f"{o.colour} {rng.choice(SHAPES)}"
+        nouns = {noun: 0} if noun not in nouns and _may_be_absent(s, noun) else nouns
     number = rng.choice(sorted(set(nouns.values())))
     noun = rng.choice([n for n, k in nouns.items() if k == number])
-    yield _vqa("count", f"How many {plural(noun)} are there?", str(number))
+    counted = [o for o in s.objects if covers(noun, o)]
+    yield _vqa(
+        s, "count", f"How many {plural(noun)} are there?", str(number), counted, names=() if counted else (noun,)
+    )
 
 
 def _yes_no(s: Scene, rng: Random) -> Iterator[Question]:
@@ -105,14 +94,21 @@ def _yes_no(s: Scene, rng: Random) -> Iterator[Question]:
     if not yes:
         return
     pairs = [f"{a.colour} {b.shape}" for a in s.objects for b in s.objects]  # the adversarial half
-    absent = [n for n in pairs if not exists(s, n)]
+    absent = [n for n in pairs if not exists(s, n) and _may_be_absent(s, n)]
     if not absent or rng.random() < 0.5:
         shape = rng.choice([x for x in SHAPES if not exists(s, x)])
-        absent = [shape, f"{rng.choice(list(COLOURS))} {shape}"]
+        absent = [n for n in (shape, f"{rng.choice(list(COLOURS))} {shape}") if _may_be_absent(s, n)]
     if not s.people and rng.random() < 0.06:  # about as often as "person" is right
         absent = ["person"]
     for answer, noun in (("yes", rng.choice(yes)), ("no", rng.choice(absent))):
-        yield _vqa("yes/no", f"Is there {article(noun)} in the image?", answer)
+        seen = [t for t in s.things if (t in s.people if noun == "person" else covers(noun, t))]
+        names = () if seen else (noun,)
+        yield _vqa(s, "yes/no", f"Is there {article(noun)} in the image?", answer, seen, names=names)
+
+
+def _may_be_absent(s: Scene, noun: str) -> bool:
+    """Whether a noun may be asked for where it is not: what training never draws it should not learn to deny."""
+    return s.split == "unseen" or noun not in HELD_OUT_NAMES
 
 
 def _read(s: Scene, rng: Random) -> Iterator[Question]:
@@ -120,7 +116,7 @@ def _read(s: Scene, rng: Random) -> Iterator[Question]:
     if len(s.texts) == 1:
         text = s.texts[0].text
         kind = "number" if text.isdigit() else "word"
-        yield _vqa(kind, f"What {kind} is written in the image?", text, task="read")
+        yield _vqa(s, kind, f"What {kind} is written in the image?", text, s.texts, "read")
 
 
 def _kind_of(thing: Thing) -> str:
@@ -135,7 +131,7 @@ def _refer(s: Scene, rng: Random) -> Iterator[Question]:
         if found:
             thing, words = rng.choice(found)
             box = s.square_box(thing.box)
-            yield Question("refer", _kind_of(thing), prompts.refer(words), box_text(box), (box,), (words,))
+            yield Question("refer", _kind_of(thing), prompts.refer(words), box_text(box), (box,), (thing.name,))
     nameable = [t for t in s.things if t is not s.defect]
     if nameable:
         thing = rng.choice(nameable)
@@ -187,14 +183,15 @@ def _key_points(s: Scene, rng: Random) -> Iterator[Question]:
 
 
 def _relation(s: Scene, rng: Random) -> Iterator[Question]:
-    """Where the thing in one box lies from the thing in another."""
+    """What the thing in one box is to the thing in another, both by name: the boxes alone would tell the rest."""
     nameable = [t for t in s.things if t is not s.defect]
     pairs = [(a, b, r) for a in nameable for b in nameable if a is not b and (r := relation(a, b))]
     if pairs:
-        a, b, answer = rng.choice(pairs)
+        a, b, kind = rng.choice(pairs)
         boxes = s.square_box(a.box), s.square_box(b.box)
         prompt = prompts.relation(box_text(boxes[0]), box_text(boxes[1]))
-        yield Question("relation", answer, prompt, answer, boxes, (a.name, b.name))
+        answer = f"{a.name} {kind} {b.name}"
+        yield Question("relation", kind, prompt, answer, boxes, (a.name, b.name))
 
 
 def _caption_prompt(rng: Random) -> str:
@@ -242,6 +239,7 @@ TASKS = (
     "key_points",
     "relation",
     "defect",
+    *FORMS,
 )
 
 
@@ -252,6 +250,7 @@ def questions(s: Scene, rng: Random, *, open_share: float = 0.0) -> list[Questio
                 phrase.", as people type them
     """
     asked = [q for ask in _ASK for q in ask(s, rng)]
+    asked += other_forms(s, [q for q in asked if q.task in ("vqa", "read")], rng)
     if open_share <= 0:
         return asked
     short = ("vqa", "read")
@@ -262,7 +261,7 @@ def questions(s: Scene, rng: Random, *, open_share: float = 0.0) -> list[Questio
 
 
 def examples(
-    task: str, *, split: str = "test", start: int = 0, kind: str | None = None
+    task: str, *, split: str = "test", start: int = 0, kind: str | None = None, domain: str = "clean"
 ) -> Iterator[tuple[Scene, Question]]:
     """Without end (scene, question) of a task, one per scene, from the seeds start, start + 1, ... that have one.
 
@@ -272,7 +271,7 @@ def examples(
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     seed = start
     while True:
-        s = scene(seed, split=split)
+        s = scene(seed, split=split, domain=domain)
         rng = Random(seed)
         found = [q for q in questions(s, rng) if q.task == task and kind in (None, q.kind)]
         if found:

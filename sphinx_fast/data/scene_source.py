@@ -12,7 +12,7 @@ from PIL import Image
 from sphinx_fast.data.record import Conversation
 from sphinx_fast.data.rows import Reader
 from sphinx_fast.data.scene_questions import Question, questions
-from sphinx_fast.data.scenes import Scene, scene
+from sphinx_fast.data.scenes import DOMAINS, Scene, scene
 
 ROUNDS = 4  # times a scene is asked for questions; a question that comes up again is dropped
 SHARES: Mapping[str, float] = {  # of a task's questions, how many are kept in a round
@@ -28,6 +28,12 @@ SHARES: Mapping[str, float] = {  # of a task's questions, how many are kept in a
     "defect": 0.5,
     "key_points": 0.12,
     "grounded_caption": 0.03,
+    "detailed_caption": 0.02,
+    "option_letter": 0.08,
+    "options": 0.06,
+    "unanswerable": 0.08,
+    "ocr_vqa": 0.1,
+    "classify": 0.1,
 }
 WEIGHTS = {"vqa": 2.0, "refer": 1.5, "read": 1.0, "relation": 1.0}  # of a task's answers in the loss
 OTHER_WEIGHT = 0.5
@@ -41,6 +47,7 @@ class Scenes(Reader):
         start: the first one's seed.
         most: questions about one scene.
         open_share: of the short questions, how many come without "Answer the question using a single word or phrase."
+        domain: "clean" or "textured".
         captions: one caption without a question in place of the questions: what stage 1 reads.
     """
 
@@ -53,13 +60,16 @@ class Scenes(Reader):
         start: int = 0,
         most: int = 12,
         open_share: float = 0.2,
+        domain: str = "clean",
         captions: bool = False,
     ) -> None:
         if count < 0 or start < 0 or most < 1:
             raise ValueError(
                 f"scenes: expected count and start of at least 0 and most of 1, got {count}, {start}, {most}"
             )
-        self.name, self.count, self.start = "scenes", count, start
+        if domain not in DOMAINS:
+            raise ValueError(f"scenes: domain: expected one of {', '.join(DOMAINS)}, got {domain!r}")
+        self.name, self.count, self.start, self.domain = f"scenes-{domain}", count, start, domain
         self.most, self.open_share, self.captions = most, open_share, captions
 
     def __len__(self) -> int:
@@ -67,13 +77,16 @@ class Scenes(Reader):
 
     def _read(self, index: int) -> Conversation:
         seed = self.start + index
-        drawn, rng = scene(seed, split="train"), Random(seed)
+        drawn, rng = scene(seed, split="train", domain=self.domain), Random(seed)
         picked = self._captions(drawn, rng) if self.captions else self.pick(drawn, rng)
         turns = tuple((question.prompt, question.answer) for question in picked)
         weights = tuple(WEIGHTS.get(question.task, OTHER_WEIGHT) for question in picked)
         file = io.BytesIO()
-        Image.fromarray(drawn.picture).save(file, "PNG", compress_level=1)
-        return Conversation(turns, file.getvalue(), f"scenes:{seed}", () if self.captions else weights)
+        Image.fromarray(drawn.picture).save(file, "PNG", compress_level=0)  # it is read again at once
+        name = f"{self.name}:{seed}"
+        if self.captions:
+            return Conversation(turns, file.getvalue(), name)
+        return Conversation(turns, file.getvalue(), name, weights, tuple(question.boxes for question in picked))
 
     def pick(self, drawn: Scene, rng: Random) -> list[Question]:
         """Questions about a scene, several of each short kind, in random order."""

@@ -1,11 +1,45 @@
-"""Words for what a scene holds: names that fit one thing only, counts, plurals, relations, phrases for a caption."""
+"""Words for what a scene holds: names that fit one thing only, counts, plurals, relations, phrases for a caption; and
+the record of a question.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from random import Random
 
-from sphinx_fast.data.scenes import Scene, SceneObject, Thing
+from sphinx_fast.data.scenes import Scene, SceneObject, SquareBox, Thing
+from sphinx_fast.tasks.boxes import Box, Point
 
 NUMERALS = ("no", "one", "two", "three", "four", "five", "six")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, its answer, and what grading needs.
+
+    task    one of scene_questions.TASKS
+    kind    what is asked within the task: for vqa colour, shape, count, yes/no; for refer shape, text, person; ...
+    boxes   of the things the question is about, in the padded square, [0, 1], unrounded: the right ones where boxes are
+            asked for; empty where the scene has no such thing. `names`: theirs, in the same order; of a vqa question
+            about none, the name that was asked for
+    points  for key_points: (joint, x, y) in the padded square
+    """
+
+    task: str
+    kind: str
+    prompt: str
+    answer: str
+    boxes: tuple[SquareBox, ...] = ()
+    names: tuple[str, ...] = ()
+    points: tuple[tuple[str, float, float], ...] = ()
+
+
+@lru_cache(maxsize=1024)
+def box_text(box: tuple[float, ...]) -> str:
+    """`[x1,y1,x2,y2]`, or `[x,y]` of a point."""
+    if len(box) == 2:
+        return Point(box[0], box[1]).text()
+    return Box(box[0], box[1], box[2], box[3]).text()
 
 
 def plural(noun: str) -> str:
@@ -28,11 +62,18 @@ def joined(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def count_of(s: Scene, noun: str) -> int:
-    """How many shapes a noun such as "shape", "circle", "red shape" or "red circle" covers."""
+def covers(noun: str, thing: Thing) -> bool:
+    """Whether a noun such as "shape", "circle", "red shape" or "red circle" covers a thing."""
+    if not isinstance(thing, SceneObject):
+        return False
     words = noun.split()
     colour, shape = (words[0] if len(words) == 2 else None), words[-1]
-    return sum((colour in (None, o.colour)) and (shape in ("shape", o.shape)) for o in s.objects)
+    return colour in (None, thing.colour) and shape in ("shape", thing.shape)
+
+
+def count_of(s: Scene, noun: str) -> int:
+    """How many shapes a noun covers."""
+    return sum(covers(noun, o) for o in s.objects)
 
 
 def exists(s: Scene, noun: str) -> bool:
@@ -78,9 +119,12 @@ def relation(a: Thing, b: Thing) -> str | None:
     return None
 
 
-def groups(s: Scene) -> list[tuple[str, list[Thing]]]:
-    """(phrase, things) from left to right, a name's things together: `two red circles`, `a person`, `the word stop`."""
+def groups(s: Scene, among: Sequence[Thing] | None = None) -> list[tuple[str, list[Thing]]]:
+    """(phrase, things) from left to right, a name's things together: `two red circles`, `a person`, `the word stop`.
+
+    among  only these things
+    """
     by_name: dict[str, list[Thing]] = {}
-    for thing in left_to_right([t for t in s.things if t is not s.defect]):
+    for thing in left_to_right([t for t in (s.things if among is None else among) if t is not s.defect]):
         by_name.setdefault(thing.name, []).append(thing)
     return [(article(n) if len(ts) == 1 else f"{NUMERALS[len(ts)]} {plural(n)}", ts) for n, ts in by_name.items()]

@@ -1,9 +1,11 @@
 """Drawn pictures with exact annotations: endless, seeded, nothing to download.
 
 `scene(seed, split="train")` is a pure function of its arguments; the splits are disjoint streams because the split is
-part of the entropy. A scene holds shapes, printed words, stick people, or a defect on a textured surface. All boxes are
-pixels of the picture, (x1, y1, x2, y2) with x2 and y2 exclusive, and are the tight box of what was drawn; boxes of
-different things never touch.
+part of the entropy. The domain "clean" is flat ink on quiet ground, "textured" the same things grained, unevenly lit
+and noisy on rough ground. HELD_OUT combinations of shape and colour are drawn in the split "unseen" alone.
+
+A scene holds shapes, printed words, stick people, or a defect on a surface. All boxes are pixels of the picture, (x1,
+y1, x2, y2) with x2 and y2 exclusive, and are the tight box of what was drawn; boxes of different things never touch.
 `square_box` gives the same box in the padded square, [0, 1], the frame in which SPHINX speaks.
 
 Questions about a scene: `scene_questions.questions`. Labels per patch: `scene_targets.dense_targets`.
@@ -18,11 +20,12 @@ import numpy as np
 from PIL import Image
 
 from sphinx_fast.data import scene_drawing as drawing
-from sphinx_fast.data.scene_drawing import COLOURS, DEFECTS, SHAPES
+from sphinx_fast.data.scene_drawing import COLOURS, DEFECTS, HELD_OUT, SHAPES
 
 PixelBox = tuple[int, int, int, int]
 SquareBox = tuple[float, float, float, float]
-SPLITS = {"train": 0, "validation": 1, "test": 2}
+SPLITS = {"train": 0, "validation": 1, "test": 2, "unseen": 3}
+DOMAINS = {"clean": (), "textured": (1,)}  # what each adds to the entropy
 KINDS = {"shapes": 0.70, "text": 0.10, "people": 0.10, "defect": 0.10}  # how often each kind of scene is drawn
 SIZES = {"small": (0.16, 0.21), "large": (0.29, 0.40)}  # side of a shape over the longer side of the picture
 # fmt: off
@@ -92,6 +95,7 @@ class Scene:
 
     seed: int
     split: str
+    domain: str
     kind: str
     background: str
     picture: np.ndarray  # uint8 [h, w, 3]
@@ -130,9 +134,11 @@ class Scene:
 class _Canvas:
     """Places things without touching one another (in pixels at scale 1) and draws them with their ids."""
 
-    def __init__(self, kind: str, width: int, height: int, scale: int, rng: Random) -> None:
-        self.width, self.height, self.scale, self.rng = width, height, scale, rng
-        self.picture = drawing.background(kind, width * scale, height * scale, scale, rng)
+    def __init__(
+        self, kind: str, width: int, height: int, scale: int, rng: Random, *, pale: bool, unseen: bool
+    ) -> None:
+        self.width, self.height, self.scale, self.rng, self.unseen = width, height, scale, rng, unseen
+        self.picture = drawing.background(kind, width * scale, height * scale, scale, rng, pale=pale)
         self.ids = Image.new("L", self.picture.size)
         self.cells: list[tuple[float, float, float, float]] = []
         self.drawn = 0
@@ -174,26 +180,30 @@ def _colour(name: str, rng: Random) -> tuple[int, int, int]:
     return r, g, b
 
 
-def _attributes(n: int, rng: Random) -> list[tuple[str, str]]:
-    """(shape, colour) of n shapes; half of the scenes repeat a shape or a colour, to give something to count."""
+def _attributes(n: int, rng: Random, unseen: bool) -> list[tuple[str, str]]:
+    """(shape, colour) of n shapes; half of the scenes repeat a shape or a colour, to give something to count.
+
+    unseen  one of them is a held-out combination; otherwise none is: its colour becomes the next one
+    """
     shapes, colours = list(SHAPES), list(COLOURS)
     pairs = [(rng.choice(shapes), rng.choice(colours)) for _ in range(n)]
     mode = rng.random()
-    if mode < 0.5:
-        return pairs
-    shape, colour = rng.choice(shapes), rng.choice(colours)
-    repeats = rng.randint(1, n)
-    for k in range(repeats):
-        pairs[k] = (shape, pairs[k][1]) if mode < 0.75 else (pairs[k][0], colour)
-    rng.shuffle(pairs)
-    return pairs
+    if mode >= 0.5:
+        shape, colour = rng.choice(shapes), rng.choice(colours)
+        repeats = rng.randint(1, n)
+        for k in range(repeats):
+            pairs[k] = (shape, pairs[k][1]) if mode < 0.75 else (pairs[k][0], colour)
+        rng.shuffle(pairs)
+    if unseen:
+        return [rng.choice(sorted(HELD_OUT)), *pairs[1:]]
+    return [(s, colours[(colours.index(c) + 1) % 8] if (s, c) in HELD_OUT else c) for s, c in pairs]
 
 
 def _draw_shapes(canvas: _Canvas, n: int, rng: Random) -> list[SceneObject]:
     """Up to n shapes; one that finds no room as large is tried as small, then left out."""
     longer, scale = max(canvas.width, canvas.height), canvas.scale
     objects = []
-    for shape, colour in _attributes(n, rng) if n else ():
+    for shape, colour in _attributes(n, rng, canvas.unseen) if n else ():
         first = "large" if rng.random() < (0.6 if n <= 3 else 0.35) else "small"
         turn, ink = rng.uniform(-0.16, 0.16), _colour(colour, rng)
         for size in dict.fromkeys((first, "small")):
@@ -268,25 +278,30 @@ def _picture_size(rng: Random) -> tuple[int, int]:
     return (longer, shorter) if rng.random() < 0.5 else (shorter, longer)
 
 
-def scene(seed: int, *, split: str = "train", kind: str | None = None, scale: int = 1) -> Scene:
+def scene(seed: int, *, split: str = "train", kind: str | None = None, scale: int = 1, domain: str = "clean") -> Scene:
     """Draw the scene of a seed.
 
-    split  "train", "validation" or "test": streams that share no seed
-    kind   "shapes", "text", "people" or "defect"; None draws one by the frequencies of KINDS
-    scale  1 gives about 144..224 pixels a side; 2 and more draw the same layout larger
+    split   "train", "validation" or "test": streams that share no seed; "unseen": another, whose scenes with shapes
+            have a HELD_OUT one
+    kind    "shapes", "text", "people" or "defect"; None draws one by the frequencies of KINDS
+    scale   1 gives about 144..224 pixels a side; 2 and more draw the same layout larger
+    domain  "clean" or "textured"
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if domain not in DOMAINS:
+        raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, got {domain!r}")
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if seed < 0 or not 1 <= scale <= 16:
         raise ValueError(f"seed must be >= 0 and scale within 1..16, got seed={seed}, scale={scale}")
-    state = np.random.SeedSequence((SPLITS[split], seed)).generate_state(4)
+    state = np.random.SeedSequence((SPLITS[split], seed, *DOMAINS[domain])).generate_state(4)
     rng = Random(int.from_bytes(state.tobytes(), "little"))
     drawn_kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     kind = kind or drawn_kind
-    ground = rng.choice(drawing.TEXTURES if kind == "defect" else drawing.BACKGROUNDS)
-    canvas = _Canvas(ground, *_picture_size(rng), scale, rng)
+    rough = domain == "textured"
+    ground = rng.choice(drawing.TEXTURES if kind == "defect" or rough else drawing.BACKGROUNDS)
+    canvas = _Canvas(ground, *_picture_size(rng), scale, rng, pale=kind != "defect", unseen=split == "unseen")
     people = texts = shapes = 0
     if kind == "shapes":
         shapes, texts = rng.randint(1, 6), int(rng.random() < 0.12)
@@ -300,13 +315,15 @@ def scene(seed: int, *, split: str = "train", kind: str | None = None, scale: in
     drawn_shapes = _draw_shapes(canvas, shapes, rng)
     defect = _draw_defect(canvas, rng) if kind == "defect" else None
     counts = (len(drawn_people), len(drawn_texts), len(drawn_shapes), int(defect is not None))
+    picture, ids = np.array(canvas.picture), np.asarray(canvas.ids)  # torch wants a picture it could write to
     return Scene(
         seed=seed,
         split=split,
+        domain=domain,
         kind=kind,
         background=ground,
-        picture=np.asarray(canvas.picture),
-        ids=_ordered_ids(np.asarray(canvas.ids), *counts),
+        picture=drawing.weathered(picture, ids, scale, rng) if rough else picture,
+        ids=_ordered_ids(ids, *counts),
         objects=tuple(drawn_shapes),
         texts=tuple(drawn_texts),
         people=tuple(drawn_people),
@@ -326,11 +343,13 @@ def _ordered_ids(ids: np.ndarray, people: int, texts: int, shapes: int, defects:
     return np.array(order, np.uint8)[ids]
 
 
-def stream(split: str = "train", start: int = 0, accept: Callable[[Scene], bool] | None = None) -> Iterator[Scene]:
+def stream(
+    split: str = "train", start: int = 0, accept: Callable[[Scene], bool] | None = None, *, domain: str = "clean"
+) -> Iterator[Scene]:
     """Scenes of seeds start, start + 1, ... without end; `accept` keeps some of them."""
     seed = start
     while True:
-        drawn = scene(seed, split=split)
+        drawn = scene(seed, split=split, domain=domain)
         if accept is None or accept(drawn):
             yield drawn
         seed += 1

@@ -1,6 +1,6 @@
-"""Figures of a model on held-out scenes: the whole path, processor and `generate`, beside a grey picture.
+"""Figures of a model on held-out scenes, beside the same model shown a grey picture and a guess from the question.
 
-python -m sphinx_fast.evaluate.scenes --model FOLDER --scenes 500
+python -m sphinx_fast.evaluate.scenes --model FOLDER --scenes 1000
 """
 
 from __future__ import annotations
@@ -12,58 +12,29 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from sphinx_fast.data.scene_grading import grade
-from sphinx_fast.data.scene_questions import Question, examples
-from sphinx_fast.data.scenes import Scene
-from sphinx_fast.model.config import PAD_COLOR
-from sphinx_fast.model.conversation import conversation_prompt, cut_at_stop
+from sphinx_fast.data.scene_questions import Question
+from sphinx_fast.data.scenes import DOMAINS, Scene
+from sphinx_fast.evaluate.ask import Answerer, Asked, Said, answers, grey
+from sphinx_fast.evaluate.figures import Figures, figures_of
+from sphinx_fast.evaluate.guess import Guess
+from sphinx_fast.evaluate.items import LENGTHS, MAIN_TASKS, UNSEEN_TASKS, Item, walk
+from sphinx_fast.evaluate.metrics import Figure
 from sphinx_fast.model.processor import SphinxProcessor
 from sphinx_fast.model.sphinx import SphinxForConditionalGeneration
 
-LENGTHS = {  # new tokens an answer may take
-    "vqa": 6,
-    "read": 6,
-    "refer": 14,
-    "region_description": 8,
-    "relation": 6,
-    "caption": 48,
-    "defect": 20,
-    "detect_category": 60,
-    "detect_all": 90,
-    "text_boxes": 60,
-    "key_points": 90,
-    "grounded_caption": 150,
-}
-MAIN_TASKS = ("vqa", "refer")
+__all__ = ["LENGTHS", "MAIN_TASKS", "answers", "evaluate", "evaluate_task", "grey", "machine", "print_figures"]
 
-
-@torch.inference_mode()
-def answers(
-    model: SphinxForConditionalGeneration,
-    processor: SphinxProcessor,
-    pictures: Sequence[np.ndarray],
-    prompts: Sequence[str],
-    max_new_tokens: int,
-) -> list[str]:
-    """Greedy answers to one question per picture, as one batch."""
-    texts = [conversation_prompt([(prompt, None)]) for prompt in prompts]
-    inputs = processor(images=list(pictures), text=texts, padding=True, return_tensors="pt")
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[misc]
-    new = output[:, inputs["input_ids"].shape[1] :]
-    return [cut_at_stop(text)[0].strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
-
-
-def grey(picture: np.ndarray) -> np.ndarray:
-    """What a blind model sees: the colour of the padding, everywhere."""
-    return np.broadcast_to(np.array(PAD_COLOR, np.uint8), picture.shape).copy()
+SPLITS = ("test", "unseen")
+AT_ONCE = 32  # scenes whose questions are asked together
+GUESS_FROM = 5  # training scenes a guess has read for each scene it is asked about
+Compared = dict[str, dict[str, Figure]]  # figure -> "seeing", "grey", "guess" -> its value
 
 
 def evaluate_task(
@@ -73,45 +44,74 @@ def evaluate_task(
     *,
     blind: bool = False,
     batch: int = 32,
-) -> dict[str, float]:
-    """Mean grade over (scene, question) items, in all ("score") and per kind of question."""
-    grades: dict[str, list[float]] = {}
+) -> Figures:
+    """Figures over (scene, question) items of one task, `data.examples` for instance."""
+    answerer, said = Answerer(model, processor), list[Said]()
     task = items[0][1].task
     for at in tqdm(range(0, len(items), batch), desc=f"{task}{' blind' if blind else ''}", mininterval=5):
-        part = items[at : at + batch]
-        pictures = [grey(s.picture) if blind else s.picture for s, _ in part]
-        said = answers(model, processor, pictures, [q.prompt for _, q in part], LENGTHS[task])
-        for (_, question), answer in zip(part, said, strict=True):
-            grades.setdefault(question.kind, []).append(grade(question, answer))
-    figures = {"score": float(np.mean([g for kind in grades.values() for g in kind]))}
-    return figures | {kind: float(np.mean(values)) for kind, values in sorted(grades.items())}
+        asked = [(s.picture, task, q.prompt) for s, q in items[at : at + batch]]
+        said += answerer.blind(asked) if blind else answerer.seeing(asked)
+    return figures_of(task, [Item(task, q, s.seed) for s, q in items], said)
+
+
+def _asked(part: Iterable[tuple[Scene, list[Item]]]) -> tuple[list[Item], list[Asked]]:
+    """Items about some scenes, those about one side by side, and what is put to a model."""
+    pairs = [(s, item) for s, items in part for item in items]
+    return [item for _, item in pairs], [(s.picture, item.task, item.question.prompt) for s, item in pairs]
 
 
 def evaluate(
     model: SphinxForConditionalGeneration,
     processor: SphinxProcessor,
-    scenes: int = 500,
+    scenes: int = 1000,
     tasks: Sequence[str] = MAIN_TASKS,
     *,
     blind: bool = True,
     split: str = "test",
-) -> dict[str, dict[str, dict[str, float]]]:
-    """`{"vqa": {"seeing": {"score": ..}, "blind": {..}}, ..}` on `scenes` held-out scenes per task."""
-    figures: dict[str, dict[str, dict[str, float]]] = {}
-    for task in tasks:
-        items = list(itertools.islice(examples(task, split=split), scenes))
-        figures[task] = {"seeing": evaluate_task(model, processor, items)}
-        if blind:
-            figures[task]["blind"] = evaluate_task(model, processor, items, blind=True)
-    return figures
+    domain: str = "clean",
+) -> dict[str, Compared]:
+    """`{"vqa": {"accuracy": {"seeing": {"value": .., "error": .., "n": ..}, "grey": .., "guess": ..}, ..}, ..}`
+
+    on `scenes` held-out scenes per task. Each scene is drawn once and asked for all tasks; only the answers are kept.
+
+    Args:
+        blind: also a grey picture and the guess.
+        split: "test", or "unseen": about combinations of shape and colour that training never showed.
+        domain: "clean" or "textured"; the guess has read "clean" ones, whose questions are the same.
+    """
+    answerer, walked = Answerer(model, processor), walk(tasks, scenes, split=split, domain=domain)
+    items: dict[str, list[Item]] = defaultdict(list)
+    said: dict[str, dict[str, list[Said]]] = defaultdict(lambda: defaultdict(list))  # who -> task -> answers
+    with tqdm(total=scenes * len(tasks), desc=f"{split} {domain}", mininterval=5) as bar:
+        while part := list(itertools.islice(walked, AT_ONCE)):
+            about, asked = _asked(part)
+            replies = {"seeing": answerer.seeing(asked)} | ({"grey": answerer.blind(asked)} if blind else {})
+            for who, answered in replies.items():
+                for item, answer in zip(about, answered, strict=True):
+                    said[who][item.task].append(answer)
+            for item in about:
+                items[item.task].append(item)
+            bar.update(sum(len({item.task for item in found}) for _, found in part))
+    if blind:
+        guess = Guess(GUESS_FROM * scenes)
+        for task in tasks:
+            said["guess"][task] = [Said(guess(item.question.task, item.question.prompt)) for item in items[task]]
+    return {task: _beside({who: figures_of(task, items[task], by[task]) for who, by in said.items()}) for task in tasks}
 
 
-def print_figures(figures: dict[str, dict[str, dict[str, float]]]) -> None:
-    """A line per task: the score beside the blind one, then the kinds of question."""
-    for task, result in figures.items():
-        blind = f"   blind {result['blind']['score']:.3f}" if "blind" in result else ""
-        kinds = " ".join(f"{kind} {value:.2f}" for kind, value in result["seeing"].items() if kind != "score")
-        print(f"{task:20} {result['seeing']['score']:.3f}{blind}   ({kinds})")
+def _beside(of: dict[str, Figures]) -> Compared:
+    """Who -> figure -> value, turned into figure -> who -> value."""
+    return {name: {who: figures[name] for who, figures in of.items()} for name in of["seeing"]}
+
+
+def print_figures(figures: dict[str, Compared]) -> None:
+    """A line per figure: seeing, grey and guess with their standard errors, and of how many questions."""
+    who = list(dict.fromkeys(who for task in figures.values() for row in task.values() for who in row))
+    print(f"{'task':20} {'figure':26} " + " ".join(f"{name:>15}" for name in who) + f" {'n':>6}")
+    for task, compared in figures.items():
+        for name, row in compared.items():
+            cells = " ".join(f"{figure['value']:7.3f} ± {figure['error']:.3f}" for figure in row.values())
+            print(f"{task:20} {name:26} {cells} {row['seeing']['n']:6}")
 
 
 def machine() -> dict[str, str | int | None]:
@@ -147,17 +147,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m sphinx_fast.evaluate.scenes", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="a model folder")
-    parser.add_argument("--scenes", type=int, default=500, help="held-out scenes per task")
-    parser.add_argument("--tasks", nargs="+", choices=sorted(LENGTHS), default=list(MAIN_TASKS))
-    parser.add_argument("--seeing-only", action="store_true", help="leave the grey pictures out")
+    parser.add_argument("--scenes", type=int, default=1000, help="held-out scenes per task")
+    parser.add_argument("--tasks", nargs="+", choices=sorted(LENGTHS), help="default: all that the split has")
+    parser.add_argument("--domain", choices=(*DOMAINS, "both"), default="clean")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="unseen: combinations training never showed")
+    parser.add_argument("--seeing-only", action="store_true", help="leave out the grey picture and the guess")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args(arguments)
+    tasks = options.tasks or (UNSEEN_TASKS if options.split == "unseen" else tuple(LENGTHS))
+    if options.scenes < 1:
+        parser.error(f"--scenes: expected at least 1, got {options.scenes}")
+    if options.split == "unseen" and (wrong := set(tasks) - set(UNSEEN_TASKS)):
+        parser.error(f"--split unseen has the tasks {', '.join(UNSEEN_TASKS)}, got {sorted(wrong)[0]}")
     model = SphinxForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()
     processor = SphinxProcessor.from_pretrained(options.model)
-    figures = evaluate(model, processor, options.scenes, options.tasks, blind=not options.seeing_only)
-    print_figures(figures)
+    figures = {}
+    for domain in DOMAINS if options.domain == "both" else (options.domain,):
+        figures[domain] = evaluate(
+            model,
+            processor,
+            options.scenes,
+            tasks,
+            blind=not options.seeing_only,
+            split=options.split,
+            domain=domain,
+        )
+        print(f"{options.split}, {domain}")
+        print_figures(figures[domain])
     if options.out:
-        options.out.write_text(json.dumps({"scenes": options.scenes, **machine(), "figures": figures}, indent=1) + "\n")
+        record = {"scenes": options.scenes, "split": options.split, **machine(), "figures": figures}
+        options.out.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

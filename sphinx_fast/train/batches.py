@@ -129,7 +129,7 @@ class Steps(Dataset[Batch]):
             return None
         row = make_row(kept, torch.cat(views) if views else None)
         if self.finder is not None:
-            row.pointers, row.pointed = self.finder(row)
+            row.pointers, row.pointed = self.finder(row, kept)
         return row
 
     def _views(self, piece: Piece, step: int) -> Tensor:

@@ -28,8 +28,8 @@ class Row:
     """T tokens of one or more pieces, a batch of one for the language model.
 
     input_ids, targets, weights, kinds, positions [T]; `lengths`: per piece its trunk and branches; `pixel_values`
-    [views, 3, s, s] of the pictures in order, or None; `names` of the pieces. `pointers` [K], `pointed` [K, 4]: where
-    a coordinate of a box is to be said, and that box (train/pointer.py).
+    [views, 3, s, s] of the pictures in order, or None; `names` of the pieces. `pointers` [K], `pointed` [K, N, 4]: what
+    an answer is about at these positions, at most N boxes, the others nan (train/pointer.py).
     """
 
     input_ids: Tensor
@@ -41,7 +41,7 @@ class Row:
     names: tuple[str, ...]
     pixel_values: Tensor | None = None
     pointers: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    pointed: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
+    pointed: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 4))
 
     def to(self, device: torch.device) -> Row:
         """The same row with its tensors on a device."""

@@ -7,7 +7,7 @@ itself, and its positions go on where the trunk ends. So many questions about on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Piece:
     ids        [n]
     targets    [n]: what is to be predicted at this position, IGNORED where nothing is
     weights    [n]: of the targets in the loss
+    looks      (position that predicts an answer's first token, the boxes that the answer is about)
     lengths    tokens of the trunk, then of each branch; (n,): no branches
     picture    what stands at the placeholders, or None
     kind       which mean of the loss its targets belong to
@@ -39,6 +40,7 @@ class Piece:
     picture: Path | bytes | None = None
     kind: int = 0
     name: str = ""
+    looks: list[tuple[int, tuple[tuple[float, ...], ...]]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -77,7 +79,7 @@ class PieceMaker:
         if record.picture is None:
             raise BadRowError("no picture", f"{record.name}: a caption without a picture")
         head = self._head(record)
-        body = [*self._encode(text)[0], *self.eos]
+        body = [*self._encode([text])[0][0], *self.eos]
         room = self.max_length - len(head)
         if room < 1:
             raise BadRowError(
@@ -97,7 +99,7 @@ class PieceMaker:
         if self.independent_turns and len(record.turns) > 1:
             return self._branches(record, kind)
         head = self._head(record)
-        ids, answers = self._turns(record.turns)
+        ((ids, answers),) = self._told([record.turns])
         whole = [answer for answer in answers if len(head) + answer.stop <= self.max_length]
         if not whole:
             raise BadRowError(
@@ -108,24 +110,29 @@ class PieceMaker:
         ids = ids[: whole[-1].stop]
         labelled = np.concatenate([np.arange(a.start, a.stop) for a in whole]) + len(head)
         weights = self._weights(record, whole)
-        return self._piece([*head, *ids], labelled, (len(head) + len(ids),), record, kind, weights)
+        piece = self._piece([*head, *ids], labelled, (len(head) + len(ids),), record, kind, weights)
+        firsts = [len(head) + answer.start for answer in whole]
+        piece.looks = [(first - 1, boxes) for first, boxes in zip(firsts, record.looks, strict=False) if boxes]
+        return piece
 
     def _branches(self, record: Conversation, kind: int) -> Piece:
         """Each turn as a conversation of its own; what all of them begin with is the trunk."""
         head = self._head(record)
-        rows = [self._turns([turn]) for turn in record.turns]
+        rows = self._told([[turn] for turn in record.turns])
         shared = min(answers[0].start for _, answers in rows) - 1  # what predicts an answer's first token is its own
         first = rows[0][0]
         for ids, _ in rows[1:]:
             same = next((k for k, (a, b) in enumerate(zip(first, ids, strict=False)) if a != b), len(ids))
             shared = min(shared, same)
-        tokens, lengths, labelled, weights = [*head, *first[:shared]], [len(head) + shared], [], []
+        tokens, lengths, labelled, weights, looks = [*head, *first[:shared]], [len(head) + shared], [], [], []
         for number, (ids, (answer,)) in enumerate(rows):
             own = ids[shared : answer.stop]
             if len(tokens) + len(own) > self.max_length:
                 continue
             start = len(tokens) - shared
             labelled.append(np.arange(start + answer.start, start + answer.stop))
+            if record.looks and record.looks[number]:
+                looks.append((start + answer.start - 1, record.looks[number]))
             weights.append(np.full(len(answer), self._weight(record, number), np.float32))
             tokens += own
             lengths.append(len(own))
@@ -133,23 +140,32 @@ class PieceMaker:
             raise BadRowError(
                 "too long", f"{record.name}: no turn fits {self.max_length:,} positions; raise max_length"
             )
-        return self._piece(tokens, np.concatenate(labelled), tuple(lengths), record, kind, np.concatenate(weights))
+        piece = self._piece(tokens, np.concatenate(labelled), tuple(lengths), record, kind, np.concatenate(weights))
+        piece.looks = looks
+        return piece
 
-    def _turns(self, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[range]]:
-        """Token ids of a conversation without BOS, and which of them each answer with its stop text is."""
-        text, spans = "", []
-        for number, (question, answer) in enumerate(turns):
-            text += conversation_prompt([(question, None)], system=SYSTEM if number == 0 else "")
-            spans.append((len(text), len(text) + len(f" {answer}{STOP}")))
-            text += f" {answer}\n"
-        ids, starts = self._encode(text + STOP[1:])
+    def _told(self, conversations: Sequence[Sequence[tuple[str, str]]]) -> list[tuple[list[int], list[range]]]:
+        """Of each conversation the token ids without BOS, and which of them each answer with its stop text is."""
+        texts, spans = [], []
+        for turns in conversations:
+            text, marks = "", []
+            for number, (question, answer) in enumerate(turns):
+                text += conversation_prompt([(question, None)], system=SYSTEM if number == 0 else "")
+                marks.append((len(text), len(text) + len(f" {answer}{STOP}")))
+                text += f" {answer}\n"
+            texts.append(text + STOP[1:])
+            spans.append(marks)
         # A token belongs to an answer if its last character does: the blank before the answer goes with it.
-        return ids, [range(*np.searchsorted(starts, span, side="right")) for span in spans]
+        return [
+            (ids, [range(*np.searchsorted(ends, span, side="right")) for span in marks])
+            for (ids, ends), marks in zip(self._encode(texts), spans, strict=True)
+        ]
 
-    def _encode(self, text: str) -> tuple[list[int], np.ndarray]:
-        """Ids of a text, and where in it each token ends."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return encoded["input_ids"], np.array([end for _, end in encoded["offset_mapping"]], np.int64)
+    def _encode(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
+        """Of each text the ids, and where in it each token ends."""
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+        ends = (np.array([end for _, end in offsets], np.int64) for offsets in encoded["offset_mapping"])
+        return list(zip(encoded["input_ids"], ends, strict=True))
 
     def _weight(self, record: Conversation, turn: int) -> float:
         return record.weights[turn] if record.weights else 1.0

@@ -1,12 +1,16 @@
-"""Attention that learns to look at what a box is about.
+"""Attention that learns to look at what an answer is about.
 
 While a coordinate of a box is being said, two heads of the middle layer are asked to put their weight on the patches of
-the global view that lie in the box. The model is unchanged: training reads the queries and keys it has anyway.
+the global view that lie in the box; for a point, on its patch; for any other answer whose record says what it is about
+(`Conversation.looks`), on the patches of all those boxes while its first token is said. The model is unchanged:
+training reads the queries and keys it has anyway.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -14,10 +18,12 @@ from torch import Tensor
 
 from sphinx_fast.model.config import SphinxConfig
 from sphinx_fast.train.packing import Packed, Row
-from sphinx_fast.train.pieces import IGNORED
+from sphinx_fast.train.pieces import IGNORED, Piece
 
 HEADS = (0, 1)
-CORNERS = (1, 3, 5, 7)  # where behind `[` the coordinates of `[x1,y1,x2,y2]` stand, one token each
+COORDINATES = (1, 3, 5, 7)  # where behind `[` those of `[x1,y1,x2,y2]` or `[x,y]` stand, one token each
+
+Boxes = Sequence[tuple[float, ...]]
 
 
 def coordinate_ids(tokenizer: Any) -> list[int] | None:
@@ -34,7 +40,7 @@ def coordinate_ids(tokenizer: Any) -> list[int] | None:
 
 
 class BoxFinder:
-    """The places in a row where a coordinate of a box is to be said, and that box.
+    """The places in a row where something is to be said about boxes, and those boxes.
 
     Raises:
         ValueError: in this tokenizer a coordinate is more than one token.
@@ -47,18 +53,33 @@ class BoxFinder:
         self.values = {token: k / 100 for k, token in enumerate(ids)}
         self.bracket = tokenizer.convert_tokens_to_ids("[")
 
-    def __call__(self, row: Row) -> tuple[Tensor, Tensor]:
-        """Positions [K] that predict a coordinate, and boxes [K, 4] in the padded square."""
+    def __call__(self, row: Row, pieces: Sequence[Piece] = ()) -> tuple[Tensor, Tensor]:
+        """Positions [K] and, in the padded square, boxes [K, N, 4]; where there are fewer than N, nan.
+
+        Coordinates are found in the row's tokens, what other answers are about in the pieces it was made of.
+        """
         ids, targets = row.input_ids.tolist(), row.targets.tolist()
-        places: list[int] = []
-        boxes: list[tuple[float, ...]] = []
-        for at in range(len(ids) - CORNERS[-1]):
-            box = tuple(self.values.get(ids[at + k], -1.0) for k in CORNERS) if ids[at] == self.bracket else (-1.0,)
-            if min(box) < 0 or targets[at] == IGNORED:
-                continue
-            places += [at + k - 1 for k in CORNERS]
-            boxes += [box] * len(CORNERS)
-        return torch.tensor(places, dtype=torch.long), torch.tensor(boxes).reshape(-1, 4)
+        found: list[tuple[int, Boxes]] = []
+        for at, token in enumerate(ids):
+            if token == self.bracket and targets[at] != IGNORED:
+                behind = (self.values.get(ids[at + k]) for k in COORDINATES if at + k < len(ids))
+                said = [value for value in takewhile(lambda v: v is not None, behind) if value is not None]
+                if len(said) in (2, 4):
+                    box = tuple(said * (4 // len(said)))
+                    found += [(at + k - 1, (box,)) for k in COORDINATES[: len(said)]]
+        start = 0
+        for piece in pieces:
+            found += [(start + at, boxes) for at, boxes in piece.looks]
+            start += len(piece)
+        found.sort(key=lambda pair: pair[0])
+        return torch.tensor([at for at, _ in found], dtype=torch.long), stacked([boxes for _, boxes in found])
+
+
+def stacked(rows: Sequence[Boxes]) -> Tensor:
+    """Rows of boxes -> [K, N, 4], nan behind the end of a row."""
+    most = max(map(len, rows), default=0)
+    none = (math.nan,) * 4
+    return torch.tensor([[*row, *[none] * (most - len(row))] for row in rows]).reshape(len(rows), most, 4)
 
 
 class Pointing(Packed):
@@ -87,10 +108,10 @@ class Pointing(Packed):
         return super().attend(layer, query, key, value, scale)
 
     def targets(self, boxes: Tensor) -> Tensor:
-        """Boxes [K, 4] -> [K, P] bool: patches whose middle lies in the box, and the one that holds its middle."""
-        inside = ((self.middles >= boxes[:, None, :2]) & (self.middles <= boxes[:, None, 2:])).all(-1)
-        middle = (boxes[:, :2] + boxes[:, 2:]) / 2
-        return inside | ((self.middles - middle[:, None]).abs() <= self.half).all(-1)
+        """Boxes [K, N, 4] -> [K, P] bool: patches whose middle lies in a box, and those that hold a box's middle."""
+        inside = ((self.middles >= boxes[..., None, :2]) & (self.middles <= boxes[..., None, 2:])).all(-1)
+        middle = (boxes[..., :2] + boxes[..., 2:]) / 2
+        return (inside | ((self.middles - middle[..., None, :]).abs() <= self.half).all(-1)).any(1)
 
     def _look(self, query: Tensor, key: Tensor, scale: float | None) -> Tensor:
         """Query [H, T, D], key [K, T, D] -> losses of the row's pointers."""

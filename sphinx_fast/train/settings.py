@@ -139,7 +139,7 @@ class Stage2(Settings):
 
     independent_turns    the questions about a picture do not see each other; what stands before them is computed once
     coordinate_softness  standard deviation of a coordinate's label; needs a tokenizer in which 0.37 is one piece
-    pointer_weight       of the loss that asks two heads to look at what a box is about (docs/mini.md)
+    pointer_weight       of the loss that asks two heads to look at what an answer is about (docs/mini.md)
     """
 
     optimizer: OptimizerSettings = OptimizerSettings(rate=2e-5, min_rate=0.0, warmup_epochs=0.03)

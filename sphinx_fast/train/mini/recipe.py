@@ -1,4 +1,4 @@
-"""sphinx-mini from nothing: tokenizer, encoders, a folder to start from, then `train stage2` with mini.yaml, figures.
+"""sphinx-mini from nothing, the paper's way: encoders, `train stage1` on each of two domains, `mix`, `train stage2`.
 
     python -m sphinx_fast.train.mini --out FOLDER [--seed 0]
 
@@ -13,7 +13,7 @@ import multiprocessing
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,38 +26,50 @@ from sphinx_fast.model.presets import preset
 from sphinx_fast.model.processor import SphinxProcessor
 from sphinx_fast.model.sphinx import SphinxForConditionalGeneration
 from sphinx_fast.model.tokenizer import SphinxTokenizer
-from sphinx_fast.train.dense import ENCODERS, train_encoder
 from sphinx_fast.train.launch import launch
-from sphinx_fast.train.mini_language import WORDS, align_fusion, start_language_model
-from sphinx_fast.train.mini_tokenizer import SPACE, pieces_of, write_tokenizer
-from sphinx_fast.train.scene_pool import draw_pool, load_pool
+from sphinx_fast.train.mini.encoders import ENCODERS, train_encoder
+from sphinx_fast.train.mini.language import WORDS, align_fusion, start_language_model
+from sphinx_fast.train.mini.pool import draw_pool, load_pool
+from sphinx_fast.train.mini.texts import write_texts
+from sphinx_fast.train.mini.tokenizer import SPACE, pieces_of, write_tokenizer
 from sphinx_fast.train.settings import read_settings
 from sphinx_fast.vision import VisionTower
 from sphinx_fast.weights.files import new_folder
+from sphinx_fast.weights.mix import mix
 
-STAGE2 = Path(__file__).with_name("mini.yaml")
+STAGE1, STAGE2 = (Path(__file__).with_name(f"stage{number}.yaml") for number in (1, 2))
+
+
+ON_A_GPU = ("device=cuda", "workers=8", "scale.dtype=float32")  # so small a model waits for its pictures, not for sums
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Sizes of a run. Steps are fixed numbers, not minutes, so that a seed means something."""
 
-    scenes: int = 16_000  # drawn for the encoders
-    encoder_steps: tuple[int, ...] = (2200, 1600, 1400, 700)  # in the order of ENCODERS
+    scenes: int = 24_000  # drawn for the encoders
+    encoder_steps: tuple[int, ...] = (3600, 3200, 1800, 1200)  # in the order of ENCODERS
     encoder_rates: tuple[float, ...] = (8e-4, 1.5e-3, 8e-4, 8e-4)
     encoder_batch: int = 8  # pictures; two views of each
     align_steps: int = 400
     align_batch: int = 32
     align_rate: float = 3e-3
-    stage2: tuple[str, ...] = field(default=())  # settings in place of mini.yaml's
+    texts: int = 6000  # documents
+    # settings in place of those in the YAML files
+    stage1: tuple[str, ...] = ()
+    synthetic: tuple[str, ...] = ("steps=300", "optimizer.rate=8e-4", "data.0.options.domain=clean")
+    stage2: tuple[str, ...] = ()
+    beta: float = 0.5  # of the real domain
     tokenizer_scenes: int = 250
     evaluated: int = 500
-    processes: int = 2  # one thread each; 0: everything in this process
+    device: str = "cpu"
+    processes: int = 2  # on a CPU, one thread each; 0: everything in this process
 
 
 SMOKE = Recipe(
     scenes=24, encoder_steps=(2, 2, 2, 2), encoder_batch=4, align_steps=2, align_batch=4,
-    stage2=("steps=2", "batch=4", "data.0.options.count=16"), tokenizer_scenes=2, evaluated=4, processes=0,
+    texts=40, stage1=("steps=2", "pairs=4"), synthetic=("steps=1", "data.0.options.domain=clean"),
+    stage2=("steps=2", "batch=4"), tokenizer_scenes=2, evaluated=4, processes=0,
 )  # fmt: skip
 
 
@@ -75,7 +87,7 @@ def dense_encoder(work: Path, name: str, recipe: Recipe, seed: int, position: in
     if (work / f"{name}.safetensors").exists():
         return
     torch.manual_seed(seed)
-    tower = VisionTower._from_config(preset("sphinx-mini").vision_config)
+    tower = VisionTower._from_config(preset("sphinx-mini").vision_config).to(recipe.device)
     index = ENCODERS.index(name)
     losses = train_encoder(
         tower,
@@ -140,6 +152,17 @@ def start_folder(work: Path, recipe: Recipe, seed: int) -> None:
         SphinxProcessor.from_config(config, tokenizer).save_pretrained(folder)
 
 
+def run_stage(
+    stage: str, path: Path, recipe: Recipe, seed: int, start: Path, out: Path, changes: Sequence[str]
+) -> Path:
+    """`sphinx-fast train STAGE PATH` from a folder; returns its result, which may be there already."""
+    if not (out / "model").exists():
+        here = (f"model={start}", f"out={out}", f"seed={seed}", *(() if recipe.device == "cpu" else ON_A_GPU))
+        processes = max(1, recipe.processes) if recipe.device == "cpu" else 1
+        launch(read_settings(stage, path, (*here, *changes)), processes)
+    return out / "model"
+
+
 def finish(trained: Path, out: Path) -> None:
     """The trained folder in bf16, the form that is shipped; renamed when complete."""
     part = out.with_name(out.name + ".part")
@@ -157,14 +180,20 @@ def train(out: Path, recipe: Recipe, seed: int) -> None:
     work.mkdir(parents=True, exist_ok=True)
     config = preset("sphinx-mini")
     train_tokenizer(work, recipe, config)
-    draw_pool(work / "pool", recipe.scenes, config.vision_config, workers=recipe.processes)
+    vision, tokenizer = config.vision_config, work / "tokenizer.model"
+    draw_pool(work / "pool", recipe.scenes, vision, tokenizer, workers=recipe.processes)
     order = sorted(ENCODERS, key=lambda name: name != "convnext")  # the slowest first
     in_processes(dense_encoder, [(work, name, recipe, seed, k) for k, name in enumerate(order)], recipe.processes)
     start_folder(work, recipe, seed)
-    folders = (f"model={work / 'start'}", f"out={work / 'stage2'}", f"seed={seed}")
-    if not (work / "stage2" / "model").exists():
-        launch(read_settings("stage2", STAGE2, (*folders, *recipe.stage2)), max(1, recipe.processes))
-    finish(work / "stage2" / "model", out)
+    write_texts(work / "texts.txt", recipe.texts)
+    first = (f"text=[{work / 'texts.txt'}]", *recipe.stage1)
+    real = run_stage("stage1", STAGE1, recipe, seed, work / "start", work / "real", first)
+    changes = (*first, *recipe.synthetic)
+    synthetic = run_stage("stage1", STAGE1, recipe, seed + 1, real, work / "synthetic", changes)
+    if not (work / "mixed").exists():
+        mix([real, synthetic], [recipe.beta, 1 - recipe.beta], work / "mixed", parts="trained")
+    trained = run_stage("stage2", STAGE2, recipe, seed, work / "mixed", work / "stage2", recipe.stage2)
+    finish(trained, out)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -172,11 +201,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sphinx_fast.train.mini", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("sphinx-mini"), help="the model folder to write")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it runs")
     parser.add_argument("--all-tasks", action="store_true", help="evaluate every task, not only VQA and boxes")
     options = parser.parse_args(arguments)
     torch.set_num_threads(2)
-    recipe, start = (SMOKE if options.smoke else Recipe()), time.monotonic()
+    recipe, start = replace(SMOKE if options.smoke else Recipe(), device=options.device), time.monotonic()
     train(options.out, recipe, options.seed)
     minutes = (time.monotonic() - start) / 60
     model = SphinxForConditionalGeneration.from_pretrained(options.out, dtype=torch.float32).eval()
@@ -187,7 +217,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = {**machine(), "minutes": round(minutes, 1), "seed": options.seed, "scenes": recipe.evaluated}
     work = options.out.with_name(options.out.name + ".work")
     (work / "figures.json").write_text(json.dumps({**record, "figures": figures}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from sphinx_fast.data.scene_drawing import COLOURS, DEFECTS, SHAPES
 from sphinx_fast.data.scene_targets import SIZE_NAMES
-from sphinx_fast.train.dense import BINS, LABELS, schedule, soft_bins, start_weights
-from sphinx_fast.train.scene_pool import cut_views
+from sphinx_fast.train.mini.encoders import BINS, LABELS, schedule, soft_bins, start_weights
+from sphinx_fast.train.mini.pool import cut_views
 
 WORDS = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZE_NAMES[1:], "defect": DEFECTS}
 

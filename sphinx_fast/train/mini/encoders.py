@@ -1,4 +1,5 @@
-"""Dense pre-training of one encoder on scenes: what stands in each patch, where its box lies, what the view holds.
+"""Pre-training of one encoder on scenes: in its own way (`pretext.py`), and densely: what stands in each patch, where
+its box lies, what the view holds.
 
 A small linear head reads each encoder alone, so that its features are linear in shape, colour, size, text, joints and
 in the box of the patch's owner (soft bins). The language model then only has to find a patch and copy.
@@ -17,7 +18,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from sphinx_fast.data.scene_targets import CLASSES
-from sphinx_fast.train.scene_pool import LABELS, WHOLE_CLASSES, cut_views
+from sphinx_fast.train.mini.pool import LABELS, WHOLE_CLASSES, cut_views
+from sphinx_fast.train.mini.pretext import SelfDistillation, pretext_of
 from sphinx_fast.vision import VisionTower
 from sphinx_fast.vision.clip import clip_features
 from sphinx_fast.vision.convnext import convnext_features, repeat_to_grid
@@ -28,6 +30,7 @@ SOFTNESS = 0.03  # standard deviation of a soft coordinate
 HEAD_RATE = 1e-2
 HEADS_FIRST = 60  # steps in which only the heads learn
 ENCODERS = ("clip", "convnext", "dinov2", "qformer")
+OWN_WEIGHT = 0.3  # of the encoder's own way beside the labels
 LABEL_WEIGHTS = {"thing": 1.0, "shape": 1.0, "colour": 1.0, "size": 0.5, "text": 1.0, "defect": 0.5, "joint": 0.5}
 
 
@@ -122,7 +125,7 @@ def start_positions(tower: Any, name: str) -> None:
 
 def relative_boxes(boxes: Tensor, grid: int) -> Tensor:
     """[N, P, 6] in the view's frame -> around the patch's middle, which is 0.5: for an encoder without positions."""
-    at = (torch.arange(grid) + 0.5) / grid
+    at = (torch.arange(grid, device=boxes.device) + 0.5) / grid
     y, x = torch.meshgrid(at, at, indexing="ij")
     middles = torch.stack([x, y] * 3, dim=-1).flatten(0, 1)
     return (boxes - middles) + 0.5
@@ -168,7 +171,7 @@ def pool_batch(pool: dict[str, np.ndarray], indices: np.ndarray, rng: np.random.
     crop = rng.integers(1, views.shape[1], len(order))
     rows = np.arange(len(order))
     batch = {"views": torch.cat([views[:, 0], views[rows, crop]])}
-    for name in ("labels", "boxes", "wholes"):
+    for name in ("labels", "boxes", "wholes", "captions"):
         array = pool[name][order]
         both = torch.from_numpy(np.concatenate([array[:, 0], array[rows, crop]]))
         batch[name] = both.float() if name == "boxes" else both.long()
@@ -193,18 +196,21 @@ def train_encoder(
     seed: int,
     position: int = 0,
 ) -> dict[str, float]:
-    """Train one encoder of the tower in place; returns the smoothed losses of the end."""
+    """Train one encoder of the tower in place, where it lies; returns the smoothed losses of the end."""
     torch.manual_seed(seed)
+    device = tower.device
     rng = np.random.default_rng(seed)
-    heads = build_heads(tower, name)
+    heads = build_heads(tower, name).to(device)
     features = encoder_features(tower, name)
     encoder = getattr(tower, name)
     start_weights(encoder)
     start_positions(tower, name)
-    parameters = [*encoder.parameters(), *heads.parameters()]
+    pretext = pretext_of(tower, name, int(pool["captions"].max()) + 1, pool["captions"].shape[-1]).to(device)
+    learning = [*heads.parameters(), *(p for p in pretext.parameters() if p.requires_grad)]
+    parameters = [*encoder.parameters(), *learning]
     # The heads run ahead: a trunk that warms up together with them first learns to say the average answer, and forgets
     # where its patches are.
-    groups = [{"params": [*encoder.parameters()], "rate": rate}, {"params": [*heads.parameters()], "rate": HEAD_RATE}]
+    groups = [{"params": [*encoder.parameters()], "rate": rate}, {"params": learning, "rate": HEAD_RATE}]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
     smooth: dict[str, float] = {}
     count = len(pool["squares"])
@@ -213,17 +219,24 @@ def train_encoder(
     with tqdm(total=steps, desc=f"dense {name}", position=position, mininterval=5) as bar:
         for step in range(steps):
             picked = order[step * batch : (step + 1) * batch]
-            data = pool_batch(pool, picked, rng, tower.config.view_size)
-            loss, losses = dense_loss(name, features(data["views"]), heads, data)
+            batched = pool_batch(pool, picked, rng, tower.config.view_size)
+            data = {key: value.to(device) for key, value in batched.items()}
+            views = data["views"]
+            if isinstance(pretext, SelfDistillation):
+                views = pretext.disturb(views, tower.config.view_size // tower.config.grid_size)
+            tokens = features(views)
+            loss, losses = dense_loss(name, tokens, heads, data)
+            losses["own"] = pretext(tokens, data["captions"], tower._dinov2_pixels(data["views"]))
             optimizer.zero_grad()
-            loss.backward()
+            (loss + OWN_WEIGHT * losses["own"]).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             for group in optimizer.param_groups:
                 late = step < HEADS_FIRST and group["rate"] == rate
                 group["lr"] = 0.0 if late else group["rate"] * schedule(step, steps, 10)
             optimizer.step()
+            pretext.follow()
             for key, value in losses.items():
-                smooth[key] = 0.97 * smooth.get(key, float(value)) + 0.03 * float(value)
+                smooth[key] = 0.97 * smooth.get(key, value.item()) + 0.03 * value.item()
             bar.update()
             if step % 20 == 0:
                 bar.set_postfix_str(" ".join(f"{key} {value:.2f}" for key, value in smooth.items()))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sphinx_fast.model import preset
-from sphinx_fast.train.dense import (
+from sphinx_fast.train.mini.encoders import (
     ENCODERS,
     LABELS,
     build_heads,
@@ -19,7 +19,7 @@ from sphinx_fast.train.dense import (
     start_positions,
     start_weights,
 )
-from sphinx_fast.train.scene_pool import WHOLE_CLASSES
+from sphinx_fast.train.mini.pool import WHOLE_CLASSES
 from sphinx_fast.vision import VisionTower
 
 

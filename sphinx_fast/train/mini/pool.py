@@ -5,6 +5,9 @@ Plain .npy files, so that several processes map the same pages:
     labels   int16   [N, V, P, 7]      per patch: thing, shape, colour, size, text, defect, joint (0: nothing)
     boxes    float16 [N, V, P, 6]      per patch: box of its owner and joint point, in the view's frame
     wholes   int16   [N, V, W]         per view: counts and kinds (see `WHOLE_CLASSES`)
+    captions int16   [N, V, L]         per view: tokens of a caption of what it holds, 0 behind its end
+
+Every other scene is a textured one.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from tqdm import tqdm
 
 from sphinx_fast import ops
 from sphinx_fast.data.scene_drawing import BACKGROUNDS, COLOURS, DEFECTS, SHAPES, TEXTURES
 from sphinx_fast.data.scene_targets import CLASSES, CROPS, WHOLE, dense_targets
+from sphinx_fast.data.scene_words import article, groups, joined
 from sphinx_fast.data.scenes import TEXTS, Scene, SquareBox, Thing, scene
 from sphinx_fast.model.config import SphinxVisionConfig
 
@@ -39,6 +44,7 @@ WHOLE_CLASSES = (
 )
 WINDOWS = (WHOLE, *CROPS)
 CHUNK = 250  # scenes a worker draws at a time
+CAPTION = 24  # tokens of a view's caption that are kept
 
 
 def cut_views(squares: Tensor, view_size: int) -> Tensor:
@@ -50,25 +56,24 @@ def cut_views(squares: Tensor, view_size: int) -> Tensor:
     return views.unflatten(0, (len(squares), -1))
 
 
+def _inside(drawn: Scene, thing: Thing, window: SquareBox) -> bool:
+    """Whether the middle of a thing lies in a window."""
+    x0, y0, x1, y1 = drawn.square_box(thing.box)
+    return window[0] <= (x0 + x1) / 2 < window[2] and window[1] <= (y0 + y1) / 2 < window[3]
+
+
 def whole_labels(drawn: Scene, window: SquareBox) -> np.ndarray:
     """Counts and kinds of the things whose middle lies in the window, int16 in the order of `WHOLE_CLASSES`."""
-    x0, y0, x1, y1 = window
-
-    def inside(thing: Thing) -> bool:
-        box = drawn.square_box(thing.box)
-        x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-        return x0 <= x < x1 and y0 <= y < y1
-
-    objects = [o for o in drawn.objects if inside(o)]
-    texts = [t for t in drawn.texts if inside(t)]
+    objects = [o for o in drawn.objects if _inside(drawn, o, window)]
+    texts = [t for t in drawn.texts if _inside(drawn, t, window)]
     shapes = [sum(o.shape == shape for o in objects) for shape in SHAPES]
     colours = [sum(o.colour == colour for o in objects) for colour in COLOURS]
     pairs = [sum(o.shape == s and o.colour == c for o in objects) for c in COLOURS for s in SHAPES]
     text = 1 + TEXTS.index(texts[0].text) if len(texts) == 1 else 0
-    defect = 1 + DEFECTS.index(drawn.defect.kind) if drawn.defect and inside(drawn.defect) else 0
+    defect = 1 + DEFECTS.index(drawn.defect.kind) if drawn.defect and _inside(drawn, drawn.defect, window) else 0
     kinds = [
         min(len(objects), 6),
-        min(sum(inside(p) for p in drawn.people), 2),
+        min(sum(_inside(drawn, p, window) for p in drawn.people), 2),
         min(len(texts), 3),
         GROUNDS.index(drawn.background),
         text,
@@ -78,26 +83,48 @@ def whole_labels(drawn: Scene, window: SquareBox) -> np.ndarray:
     return np.array(counts + kinds + [min(n, 2) for n in pairs], np.int16)
 
 
-def _draw(first: int, count: int, picture_size: int, grid: int) -> tuple[np.ndarray, ...]:
-    """The four arrays of `count` scenes from seed `first`."""
-    squares, labels, boxes, wholes = [], [], [], []
+def view_caption(drawn: Scene, window: SquareBox) -> str:
+    """`a red circle and two stars`: what has its middle in the window; the surface where there is nothing."""
+    phrases = [phrase for phrase, _ in groups(drawn, [t for t in drawn.things if _inside(drawn, t, window)])]
+    if drawn.defect and _inside(drawn, drawn.defect, window):
+        phrases = [article(drawn.defect.name)]
+    return joined(phrases) if phrases else f"a {drawn.background} surface"
+
+
+def _tokens(tokenizer: SentencePieceProcessor, text: str) -> np.ndarray:
+    row = np.zeros(CAPTION, np.int16)
+    ids = tokenizer.encode(text)[:CAPTION]
+    row[: len(ids)] = ids
+    return row
+
+
+def _draw(first: int, count: int, picture_size: int, grid: int, tokenizer: Path) -> tuple[np.ndarray, ...]:
+    """The five arrays of `count` scenes from seed `first`."""
+    squares, labels, boxes, wholes, captions = [], [], [], [], []
+    words = SentencePieceProcessor(model_file=str(tokenizer))
     for seed in range(first, first + count):
-        drawn = scene(seed, split="train")
+        drawn = scene(seed, split="train", domain=("clean", "textured")[seed % 2])
         squares.append(ops.canvas(torch.from_numpy(drawn.picture), picture_size).numpy())
         targets = [dense_targets(drawn, grid, window) for window in WINDOWS]
         labels.append([[t[name].reshape(-1) for name in LABELS] for t in targets])
         boxes.append([np.concatenate([t["box"], t["joint_point"]], -1).reshape(-1, 6) for t in targets])
         wholes.append([whole_labels(drawn, window) for window in WINDOWS])
+        captions.append([_tokens(words, view_caption(drawn, window)) for window in WINDOWS])
     label_array = np.array(labels, np.int16).transpose(0, 1, 3, 2)
-    return np.stack(squares), label_array, np.array(boxes, np.float16), np.array(wholes, np.int16)
+    return np.stack(squares), label_array, np.array(boxes, np.float16), np.array(wholes, np.int16), np.array(captions)
 
 
-NAMES = ("squares", "labels", "boxes", "wholes")
+NAMES = ("squares", "labels", "boxes", "wholes", "captions")
 
 
-def draw_pool(folder: Path, scenes: int, vision: SphinxVisionConfig, first: int = 0, workers: int = 2) -> None:
-    """Write the pool of seeds first .. first + scenes - 1 into `folder`, unless it is there already."""
-    if (folder / "wholes.npy").exists():
+def draw_pool(
+    folder: Path, scenes: int, vision: SphinxVisionConfig, tokenizer: Path, first: int = 0, workers: int = 2
+) -> None:
+    """Write the pool of seeds first .. first + scenes - 1 into `folder`, unless it is there already.
+
+    tokenizer  SentencePiece's file, for the captions
+    """
+    if (folder / f"{NAMES[-1]}.npy").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(first, first + scenes, CHUNK)
@@ -111,8 +138,8 @@ def draw_pool(folder: Path, scenes: int, vision: SphinxVisionConfig, first: int 
         else:
             draw = map
         bar = stack.enter_context(tqdm(total=scenes, desc="draw scenes"))
-        sizes = [vision.picture_size] * len(counts), [vision.grid_size] * len(counts)
-        for arrays in draw(_draw, starts, counts, *sizes):
+        same = ([value] * len(counts) for value in (vision.picture_size, vision.grid_size, tokenizer))
+        for arrays in draw(_draw, starts, counts, *same):
             if not files:
                 files = [
                     np.lib.format.open_memmap(

@@ -22,13 +22,15 @@ from sphinx_fast.data.scene_words import NUMERALS
 from sphinx_fast.data.scenes import WORDS
 from sphinx_fast.model.conversation import SYSTEM
 from sphinx_fast.model.tokenizer import SphinxTokenizer
+from sphinx_fast.train.mini.texts import documents
 
 SPACE = "\u2581"
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # piece types of sentencepiece_model.proto
 BPE = 2  # its model type
 LONGEST = 60  # characters of a learned piece
 EXTRA_WORDS = ("small", "large", "left", "right", "above", "below", "top", "bottom", "nose", "elbow", "wrist", "knee",
-               "ankle", "yes", "person", "word", "number", "surface", "Human:", "Assistant:")  # fmt: skip
+               "ankle", "yes", "Unanswerable", "person", "word", "number", "surface", "Human:",
+               "Assistant:")  # fmt: skip
 
 Merge = tuple[str, str]
 
@@ -111,6 +113,8 @@ def training_texts(scenes: int) -> Counter[str]:
         text = re.sub(r"\d\.\d\d", "0.50", text)
         texts[(f"\n### Human: {text}\n### Assistant:" if turn else f" {text}").replace(" ", SPACE)] += 1
         turn = not turn
+    for text in documents(scenes):
+        texts[f" {text}".replace(" ", SPACE)] += 1
     texts[(" " + SYSTEM).replace(" ", SPACE)] += 40 * scenes
     return texts
 

@@ -13,7 +13,7 @@ from sphinx_fast.infer import EMBEDDED_MODEL
 from sphinx_fast.model import SphinxProcessor, preset
 from sphinx_fast.model.conversation import SYSTEM
 from sphinx_fast.model.tokenizer import SphinxTokenizer
-from sphinx_fast.train.mini_tokenizer import coordinates, write_tokenizer
+from sphinx_fast.train.mini.tokenizer import coordinates, write_tokenizer
 from sphinx_fast.train.pieces import IGNORED, PieceMaker
 
 
