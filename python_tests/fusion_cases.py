@@ -68,7 +68,8 @@ CASES = [
     Case(1, 16, (2, 1, 2), (8, 8, 8), 31, 0, True, "transposed"),
     Case(3, 16, (1,), (16,), 3, 1),
     Case(1, 16, (1, 2, 1), (12, 24, 16), 640, 5, True, "both"),
-    Case(1, 8, (1, 2, 1), (8, 16, 8), 4096, 3, True),
+    # No narrower: on some processors MKL adds up a product of 8 columns one term after the other, here 4,096.
+    Case(1, 8, (1, 2, 1), (16, 32, 16), 4096, 3, True),
 ]
 
 

@@ -180,10 +180,10 @@ template <class V, class T>
 void pick_from(const T* row, int extent, const Nearest& nearest, T* result) {
   int x = 0;
   if constexpr (sizeof(T) == 4) {
-    const bool near = nearest.masks && extent >= V::kWidth;  // kWidth neighbours come from as many
     for (; x + V::kWidth <= nearest.count; x += V::kWidth) {
       const int32_t* const index = nearest.index + x;
       const int last = extent - V::kWidth, base = index[0] < last ? index[0] : last;
+      const bool near = last >= 0 && index[V::kWidth - 1] - base < V::kWidth;  // they come from as many neighbours
       const typename V::F values = near ? V::permute(row + base, index, base) : V::gather(row, index);
       next_row(result + x, nearest.count);
       V::store(result + x, V::template rounded<Half>(values));

@@ -520,14 +520,14 @@ from sphinx_fast.ops import Projection, attention, fusion, layer_norm, views
 torch.set_num_threads(2)
 given = draw(Case(8, 4, 64, (1300, 70), (3, 9, 80), (0, 0, 1), rope="halves"), torch.bfloat16)
 picture = torch.arange(90 * 70 * 3).remainder(251).byte().view(90, 70, 3)
-rows, one = torch.randn(300, 64), torch.ones(64)
+rows, one, few = torch.randn(300, 64), torch.ones(64), torch.ones(16)
 
 def everything():  # torch itself must not be given enough to want its threads: in a child it waits for ever
     made = [
         attention(given.query, **given.arguments()),
         views([picture], picture_size=64, view_size=32),
         layer_norm(rows, one, one, 1e-5),
-        fusion([torch.ones(2, 17, 8)], Projection(torch.ones(64, 8), one, one, one)),
+        fusion([torch.ones(1, 5, 4)], Projection(torch.ones(16, 4), few, few, few)),
     ]
     return [tensor.view(torch.uint8).numpy().tobytes() for tensor in made]
 
