@@ -167,8 +167,13 @@ def finish(trained: Path, out: Path) -> None:
     """The trained folder in bf16, the form that is shipped; renamed when complete."""
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
+    model: Any = SphinxForConditionalGeneration.from_pretrained(trained).bfloat16()
+    for config in (model.config.text_config, model.config.vision_config):  # of fp32, while it was trained
+        for inner in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            if inner is not None:
+                inner.dtype = None
     with new_folder(part) as folder:
-        SphinxForConditionalGeneration.from_pretrained(trained).bfloat16().save_pretrained(folder)
+        model.save_pretrained(folder)
         SphinxProcessor.from_pretrained(trained).save_pretrained(folder)
     shutil.rmtree(out, ignore_errors=True)
     part.rename(out)
