@@ -36,8 +36,5 @@ def test_the_record_is_of_a_thousand_scenes_and_good_enough():
     assert RECORD["scenes"] >= 1000
     figures = RECORD["figures"]["clean"]
     for task, least in LEAST.items():
-        assert figures[task][MAIN[task]]["seeing"]["value"] >= least, task
-    for task, compared in figures.items():
-        name, row = next(iter(compared.items()))
-        blind = max(row["grey"]["value"], row["guess"]["value"])
-        assert row["seeing"]["value"] > blind, (task, name)
+        row = figures[task][MAIN[task]]
+        assert row["seeing"]["value"] >= max(least, row["grey"]["value"] + 0.3, row["guess"]["value"] + 0.3), task
