@@ -62,10 +62,10 @@ gpu:  ## on a machine with a GPU: build the CUDA half, run its tests and the ben
 	$(PY) -m pytest -q -m gpu python_tests
 	set -e; for file in bench/bench_*.py; do $(PY) $$file --device cuda; done
 
-mini: setup  ## train the embedded model from nothing (two cores, at most 90 minutes)
+mini: setup  ## train the embedded model from nothing (two cores, an hour or two)
 	$(PY) -m sphinx_fast.train.mini
 
-claims: setup  ## after mini: the paper's claims at its size, docs/results.md (two cores, at most 90 minutes)
+claims: setup  ## after mini: the paper's claims at its size, docs/results.md
 	$(PY) -m sphinx_fast.train.mini.claims
 
 clean:  ## remove what was built; .venv stays

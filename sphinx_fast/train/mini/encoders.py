@@ -221,12 +221,13 @@ def train_encoder(
             picked = order[step * batch : (step + 1) * batch]
             batched = pool_batch(pool, picked, rng, tower.config.view_size)
             data = {key: value.to(device) for key, value in batched.items()}
-            views = data["views"]
+            views = undisturbed = data["views"]
             if isinstance(pretext, SelfDistillation):
                 views = pretext.disturb(views, tower.config.view_size // tower.config.grid_size)
+                undisturbed = tower._dinov2_pixels(undisturbed)
             tokens = features(views)
             loss, losses = dense_loss(name, tokens, heads, data)
-            losses["own"] = pretext(tokens, data["captions"], tower._dinov2_pixels(data["views"]))
+            losses["own"] = pretext(tokens, data["captions"], undisturbed)
             optimizer.zero_grad()
             (loss + OWN_WEIGHT * losses["own"]).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)

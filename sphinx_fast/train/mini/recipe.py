@@ -38,8 +38,6 @@ from sphinx_fast.weights.files import new_folder
 from sphinx_fast.weights.mix import mix
 
 STAGE1, STAGE2 = (Path(__file__).with_name(f"stage{number}.yaml") for number in (1, 2))
-
-
 ON_A_GPU = ("device=cuda", "workers=8", "scale.dtype=float32")  # so small a model waits for its pictures, not for sums
 
 
