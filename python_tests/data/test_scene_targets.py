@@ -1,11 +1,13 @@
 """Labels per patch against the slow definition, one patch at a time."""
 
+from itertools import groupby
+
 import numpy as np
 import pytest
 
 from sphinx_fast.data.scene_drawing import COLOURS, JOINTS, SHAPES
 from sphinx_fast.data.scene_targets import CLASSES, CROPS, THINGS, WHOLE, dense_targets
-from sphinx_fast.data.scenes import KINDS, TEXTS, SceneObject, SceneText, scene
+from sphinx_fast.data.scenes import KINDS, LETTERS, TEXTS, SceneObject, SceneText, scene
 
 SCENES = [scene(seed, kind=kind) for kind in KINDS for seed in range(5)]
 WINDOWS = (WHOLE, *CROPS, (0.2, 0.3, 0.7, 0.9))
@@ -50,9 +52,39 @@ def test_labels_and_boxes_are_those_of_the_owner(region: str) -> None:
                     assert list(COLOURS)[t["colour"][at] - 1] == thing.colour
                 elif isinstance(thing, SceneText):
                     assert THINGS[t["thing"][at]] == "text" and TEXTS[t["text"][at] - 1] == thing.text
+                    assert LETTERS[t["letter"][at] - 1] in thing.text
             for name, top in CLASSES.items():
                 assert t[name].min() >= 0 and t[name].max() <= top
             assert not t["box"][t["object"] == 0].any() and not t["thing"][t["object"] == 0].any()
+
+
+def test_letters_read_along_a_word_spell_it() -> None:
+    for s in SCENES:
+        t = dense_targets(s, 200)
+        assert bool(t["letter"].any()) == bool(s.texts)
+        for text in s.texts:
+            assert text.edges[0] == text.box[0] and text.edges[-1] == pytest.approx(text.box[2])
+            x0, y0, x1, y1 = s.square_box(text.box)
+            along = t["letter"][int((y0 + y1) / 2 * 200), round(x0 * 200) : round(x1 * 200)]
+            read = "".join(LETTERS[k - 1] for k in along if k)
+            assert [letter for letter, _ in groupby(read)] == [letter for letter, _ in groupby(text.text)]
+
+
+def test_a_letter_stands_where_its_ink_is() -> None:
+    """A bar between the letters of `01`: the drawn column farthest from ink in the middle third is near their edge."""
+    found = 0
+    for seed in range(400):
+        for text in scene(seed, kind="text", scale=3).texts:
+            if len(text.text) == 2 and text.text.isdigit():
+                s = scene(seed, kind="text", scale=3)
+                x1, y1, x2, y2 = text.box
+                ink = (s.ids[y1:y2, x1:x2] == 1 + s.things.index(text)).any(0)
+                empty = np.flatnonzero(~ink)
+                gap = empty[np.argmin(np.abs(empty - (text.edges[1] - x1)))] if len(empty) else None
+                if gap is not None:
+                    found += 1
+                    assert abs(gap - (text.edges[1] - x1)) < 0.12 * (x2 - x1)
+    assert found > 20
 
 
 def test_ink_reads_the_middle_pixel() -> None:

@@ -38,8 +38,8 @@ MANY = ("all?", f"circle{BOX}, word[0.00,0.00,1.00,1.00];[0.20,0.20,0.21,0.21] p
 def test_boxes_are_found_where_they_are_to_be_said() -> None:
     row = make_row([piece(SAID, REFER), piece(MANY, picture=False)])
     places, boxes = FINDER(row)
-    assert boxes.shape == (18, 1, 4)
-    assert boxes[[0, 4, 8, 12, 16], 0].tolist() == [
+    assert boxes.shape == (18 + 5, 1, 4)
+    assert boxes[[0, 5, 10, 15, 20], 0].tolist() == [
         pytest.approx(box)
         for box in (
             [0.1, 0.2, 0.3, 0.45],
@@ -50,7 +50,8 @@ def test_boxes_are_found_where_they_are_to_be_said() -> None:
         )
     ]
     said = [PROCESSOR.tokenizer.convert_ids_to_tokens(int(row.targets[place])) for place in places]
-    assert said[:4] == ["0.10", "0.20", "0.30", "0.45"] and said[16:] == ["0.10", "0.20"]
+    assert said[1:5] == ["0.10", "0.20", "0.30", "0.45"] and said[21:] == ["0.10", "0.20"]
+    assert [said[k].strip("\u2581") for k in (0, 5, 10, 15, 20)] == ["", "circle", "word", "[", "person"]
 
 
 @pytest.mark.parametrize("independent", [False, True])
@@ -114,7 +115,7 @@ def test_it_reaches_queries_and_keys_and_counts_in_the_loss() -> None:
     learner = Learner(model)
     plain, _, none = learner(row, features, ones)
     loss, _, pointed = learner(row, features, ones, torch.tensor(0.5))
-    assert none.shape == (0,) and pointed.shape == (8,)
+    assert none.shape == (0,) and pointed.shape == (10,)
     assert (pointed[:4] > 0).all() and not pointed[4:].any(), "without a picture there is nothing to look at"
     assert math.isclose(loss.item(), (plain + 0.5 * pointed.sum()).item(), rel_tol=1e-6)
     (loss - plain).backward()
@@ -141,6 +142,8 @@ def test_scenes_are_rows() -> None:
     assert captions.turns[0][0] == "" and captions.turns[0][1] and captions.weights == ()
     assert all(len(row.looks) == len(row.turns) for row in rows)
     assert rows[0].picture != Scenes(Path("scenes"), Path(), start=7, domain="textured")[0].picture
-    for wrong in ({"count": -1}, {"most": 0}, {"start": -2}, {"domain": "oil"}):
+    words = Scenes(Path("scenes"), Path(), count=5, kinds={"text": 1.0}, captions=True)
+    assert all(" word " in words[k].turns[0][1] or " number " in words[k].turns[0][1] for k in range(5))
+    for wrong in ({"count": -1}, {"most": 0}, {"start": -2}, {"domain": "oil"}, {"kinds": {"cat": 1}}, {"kinds": {}}):
         with pytest.raises(ValueError, match=r"scenes: .*expected"):
             Scenes(Path("scenes"), Path(), **wrong)

@@ -139,6 +139,13 @@ def text_mask(text: str, height: int) -> tuple[Image.Image, Image.Image]:
     return grey, grey.point(_ANY_INK)
 
 
+@lru_cache(maxsize=512)
+def letter_edges(text: str) -> tuple[float, ...]:
+    """Where the letters of a printed word begin, and where the last one ends, over the word's width."""
+    font = _font(64)
+    return tuple(font.getlength(text[:k]) / font.getlength(text) for k in range(len(text) + 1))
+
+
 def pose(rng: Random) -> dict[str, Point]:
     """Joints of a stick person who faces the viewer (the person's left is on the right of the picture), height about 1.
 

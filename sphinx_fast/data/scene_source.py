@@ -12,30 +12,31 @@ from PIL import Image
 from sphinx_fast.data.record import Conversation
 from sphinx_fast.data.rows import Reader
 from sphinx_fast.data.scene_questions import Question, questions
-from sphinx_fast.data.scenes import DOMAINS, Scene, scene
+from sphinx_fast.data.scenes import DOMAINS, KINDS, Scene, SquareBox, scene
 
 ROUNDS = 4  # times a scene is asked for questions; a question that comes up again is dropped
 SHARES: Mapping[str, float] = {  # of a task's questions, how many are kept in a round
-    "vqa": 0.5,
+    "vqa": 0.4,
     "refer": 1.0,
-    "read": 0.5,
-    "region_description": 0.15,
+    "read": 0.6,
+    "region_description": 0.4,
     "caption": 0.1,
-    "relation": 0.12,
-    "detect_category": 0.1,
-    "detect_all": 0.05,
-    "text_boxes": 0.25,
+    "relation": 0.35,
+    "detect_category": 0.2,
+    "detect_all": 0.1,
+    "text_boxes": 0.3,
     "defect": 0.5,
-    "key_points": 0.12,
-    "grounded_caption": 0.03,
-    "detailed_caption": 0.02,
-    "option_letter": 0.08,
-    "options": 0.06,
-    "unanswerable": 0.08,
-    "ocr_vqa": 0.1,
+    "key_points": 0.4,
+    "grounded_caption": 0.05,
+    "detailed_caption": 0.03,
+    "option_letter": 0.2,
+    "options": 0.15,
+    "unanswerable": 0.06,
+    "ocr_vqa": 0.2,
     "classify": 0.1,
 }
-WEIGHTS = {"vqa": 2.0, "refer": 1.5, "read": 1.0, "relation": 1.0}  # of a task's answers in the loss
+# of a task's answers in the loss
+WEIGHTS = {"vqa": 2.0, "refer": 1.5, "read": 1.5, "relation": 1.0, "region_description": 1.0, "key_points": 1.0}
 OTHER_WEIGHT = 0.5
 
 
@@ -49,6 +50,7 @@ class Scenes(Reader):
         open_share: of the short questions, how many come without "Answer the question using a single word or phrase."
         domain: "clean" or "textured".
         captions: one caption without a question in place of the questions: what stage 1 reads.
+        kinds: how often each kind of scene is drawn, {"shapes": 0.5, "text": 0.5}; default: `scenes.KINDS`.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Scenes(Reader):
         open_share: float = 0.2,
         domain: str = "clean",
         captions: bool = False,
+        kinds: Mapping[str, float] | None = None,
     ) -> None:
         if count < 0 or start < 0 or most < 1:
             raise ValueError(
@@ -69,6 +72,9 @@ class Scenes(Reader):
             )
         if domain not in DOMAINS:
             raise ValueError(f"scenes: domain: expected one of {', '.join(DOMAINS)}, got {domain!r}")
+        if kinds is not None and not (set(kinds) <= set(KINDS) and min(kinds.values(), default=0.0) > 0):
+            raise ValueError(f"scenes: kinds: expected positive numbers for some of {', '.join(KINDS)}, got {kinds!r}")
+        self.kinds = kinds
         self.name, self.count, self.start, self.domain = f"scenes-{domain}", count, start, domain
         self.most, self.open_share, self.captions = most, open_share, captions
 
@@ -77,7 +83,9 @@ class Scenes(Reader):
 
     def _read(self, index: int) -> Conversation:
         seed = self.start + index
-        drawn, rng = scene(seed, split="train", domain=self.domain), Random(seed)
+        rng = Random(seed)
+        kind = rng.choices(list(self.kinds), list(self.kinds.values()))[0] if self.kinds else None
+        drawn = scene(seed, split="train", kind=kind, domain=self.domain)
         picked = self._captions(drawn, rng) if self.captions else self.pick(drawn, rng)
         turns = tuple((question.prompt, question.answer) for question in picked)
         weights = tuple(WEIGHTS.get(question.task, OTHER_WEIGHT) for question in picked)
@@ -86,7 +94,7 @@ class Scenes(Reader):
         name = f"{self.name}:{seed}"
         if self.captions:
             return Conversation(turns, file.getvalue(), name)
-        return Conversation(turns, file.getvalue(), name, weights, tuple(question.boxes for question in picked))
+        return Conversation(turns, file.getvalue(), name, weights, tuple(map(_looks, picked)))
 
     def pick(self, drawn: Scene, rng: Random) -> list[Question]:
         """Questions about a scene, several of each short kind, in random order."""
@@ -103,3 +111,8 @@ class Scenes(Reader):
     def _captions(drawn: Scene, rng: Random) -> list[Question]:
         caption = next(q for q in questions(drawn, rng) if q.task == "caption")
         return [Question("caption", "", "", caption.answer)]
+
+
+def _looks(question: Question) -> tuple[SquareBox, ...]:
+    """What one must look at when the answer begins: a relation begins with the first of two."""
+    return question.boxes[:1] if question.task == "relation" else question.boxes

@@ -3,7 +3,7 @@
 import numpy as np
 
 from sphinx_fast.data.scene_drawing import COLOURS, DEFECTS, JOINTS, SHAPES
-from sphinx_fast.data.scenes import TEXTS, Scene, SceneDefect, SceneObject, SceneText
+from sphinx_fast.data.scenes import LETTERS, TEXTS, Scene, SceneDefect, SceneObject, SceneText
 
 THINGS = ("background", "shape", "text", "person", "defect")
 SIZE_NAMES = ("none", "small", "large")
@@ -13,6 +13,7 @@ CLASSES = {  # labels run from 0 (nothing) to these numbers
     "colour": len(COLOURS),
     "size": len(SIZE_NAMES) - 1,
     "text": len(TEXTS),
+    "letter": len(LETTERS),
     "joint": len(JOINTS),
     "defect": len(DEFECTS),
 }
@@ -58,6 +59,8 @@ def dense_targets(
         object       int64 [G, G]  0, or 1 + the index into scene.things
         thing, shape, colour, size, text, defect
                      int64 [G, G]  0, or 1 + the index into THINGS[1:], SHAPES, COLOURS, SIZE_NAMES[1:], TEXTS, DEFECTS
+        letter       int64 [G, G]  0, or 1 + the index into LETTERS of the letter that a text has above or below the middle
+                     of its patch
         joint        int64 [G, G]  0, or 1 + the index into JOINTS of a joint inside the patch
         box          float32 [G, G, 4]  x1, y1, x2, y2 of the owner in the window's frame: [0, 1] inside the window,
                      beyond it where the window cuts the thing; 0 without an owner
@@ -78,6 +81,7 @@ def dense_targets(
     targets = {name: labels[..., k] for k, name in enumerate(_COLUMNS)}
     targets["object"] = owner
     targets["box"] = boxes[owner].astype(np.float32)
+    targets["letter"] = _letters(scene, owner, x0, x1)
     targets["joint"], targets["joint_point"] = _joints(scene, grid, origin[:2], extent[:2])
     return targets
 
@@ -107,6 +111,18 @@ def _ink_owner(scene: Scene, grid: int, window: tuple[float, float, float, float
     h, w = scene.ids.shape
     inside = ((ys >= 0) & (ys < h))[:, None] & ((xs >= 0) & (xs < w))[None, :]
     return np.where(inside, scene.ids[np.ix_(ys.clip(0, h - 1), xs.clip(0, w - 1))], 0).astype(np.int64)
+
+
+def _letters(scene: Scene, owner: np.ndarray, x0: float, x1: float) -> np.ndarray:
+    """Labels [G, G] of owners [G, G] in the columns x0 .. x1 of the padded square."""
+    label, grid = np.zeros_like(owner), len(owner)
+    for k, text in enumerate(scene.things, 1):
+        if isinstance(text, SceneText):
+            rows, columns = np.nonzero(owner == k)
+            at = (x0 + (columns + 0.5) / grid * (x1 - x0)) * scene.side - scene.offset[0]
+            letters = np.searchsorted(text.edges, at, side="right").clip(1, len(text.text)) - 1
+            label[rows, columns] = [1 + LETTERS.index(text.text[letter]) for letter in letters]
+    return label
 
 
 def _joints(scene: Scene, grid: int, origin: np.ndarray, extent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

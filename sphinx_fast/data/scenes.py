@@ -37,6 +37,7 @@ WORDS = (
 # fmt: on
 NUMBERS = tuple(str(n) for n in range(100))
 TEXTS = (*WORDS, *NUMBERS)
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,14 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class SceneText:
-    """A printed word or number; `text` is lower case, the picture may show capitals."""
+    """A printed word or number; `text` is lower case, the picture may show capitals.
+
+    `edges` are the pixel columns where its letters begin, and where the last one ends.
+    """
 
     text: str
     box: PixelBox
+    edges: tuple[float, ...]
 
     @property
     def name(self) -> str:
@@ -230,7 +235,9 @@ def _draw_texts(canvas: _Canvas, n: int, rng: Random) -> list[SceneText]:
             place = canvas.place(cell.width, cell.height)
             if place:
                 mask, hard = drawing.text_mask(shown, round(tall * scale))
-                texts.append(SceneText(text, canvas.paste(mask, place[0] * scale, place[1] * scale, ink, hard)))
+                box = canvas.paste(mask, place[0] * scale, place[1] * scale, ink, hard)
+                edges = tuple(box[0] + share * (box[2] - box[0]) for share in drawing.letter_edges(shown))
+                texts.append(SceneText(text, box, edges))
                 break
     return texts
 

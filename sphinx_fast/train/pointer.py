@@ -1,9 +1,9 @@
 """Attention that learns to look at what an answer is about.
 
-While a coordinate of a box is being said, two heads of the middle layer are asked to put their weight on the patches of
-the global view that lie in the box; for a point, on its patch; for any other answer whose record says what it is about
-(`Conversation.looks`), on the patches of all those boxes while its first token is said. The model is unchanged:
-training reads the queries and keys it has anyway.
+While a coordinate of a box is being said, and while the words before it begin (`circle` in `, circle[0.10,...]`), two heads
+of the middle layer are asked to put their weight on the patches of the global view that lie in the box; for a point, on its
+patch; for any other answer whose record says what it is about (`Conversation.looks`), on the patches of all those boxes
+while its first token is said. The model is unchanged: training reads the queries and keys it has anyway.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class BoxFinder:
         if ids is None:
             raise ValueError("pointer_weight: this tokenizer writes 0.37 as several tokens")
         self.values = {token: k / 100 for k, token in enumerate(ids)}
-        self.bracket = tokenizer.convert_tokens_to_ids("[")
+        self.bracket, self.end, *separators = tokenizer.convert_tokens_to_ids(["[", "]", ",", ";"])
+        self.separators = tuple(separators)
 
     def __call__(self, row: Row, pieces: Sequence[Piece] = ()) -> tuple[Tensor, Tensor]:
         """Positions [K] and, in the padded square, boxes [K, N, 4]; where there are fewer than N, nan.
@@ -59,20 +60,28 @@ class BoxFinder:
         Coordinates are found in the row's tokens, what other answers are about in the pieces it was made of.
         """
         ids, targets = row.input_ids.tolist(), row.targets.tolist()
-        found: list[tuple[int, Boxes]] = []
+        found: dict[int, Boxes] = {}
+        start = 0
+        for piece in pieces:
+            found.update((start + at, boxes) for at, boxes in piece.looks)
+            start += len(piece)
         for at, token in enumerate(ids):
             if token == self.bracket and targets[at] != IGNORED:
                 behind = (self.values.get(ids[at + k]) for k in COORDINATES if at + k < len(ids))
                 said = [value for value in takewhile(lambda v: v is not None, behind) if value is not None]
                 if len(said) in (2, 4):
                     box = tuple(said * (4 // len(said)))
-                    found += [(at + k - 1, (box,)) for k in COORDINATES[: len(said)]]
-        start = 0
-        for piece in pieces:
-            found += [(start + at, boxes) for at, boxes in piece.looks]
-            start += len(piece)
-        found.sort(key=lambda pair: pair[0])
-        return torch.tensor([at for at, _ in found], dtype=torch.long), stacked([boxes for _, boxes in found])
+                    found[self._words(ids, targets, at) - 1] = (box,)
+                    found.update((at + k - 1, (box,)) for k in COORDINATES[: len(said)])
+        order = sorted(found)
+        return torch.tensor(order, dtype=torch.long), stacked([found[at] for at in order])
+
+    def _words(self, ids: Sequence[int], targets: Sequence[int], bracket: int) -> int:
+        """Where the words before a bracket begin: behind the last box of the answer, or with the answer."""
+        first = bracket
+        while first > 1 and targets[first - 2] != IGNORED and ids[first - 1] != self.end:
+            first -= 1
+        return first + (first < bracket and ids[first] in self.separators)
 
 
 def stacked(rows: Sequence[Boxes]) -> Tensor:

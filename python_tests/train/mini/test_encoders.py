@@ -2,16 +2,23 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
+from sphinx_fast.data.scene_targets import CLASSES
+from sphinx_fast.data.scenes import TEXTS
 from sphinx_fast.model import preset
 from sphinx_fast.train.mini.encoders import (
     ENCODERS,
     LABELS,
+    LETTERS,
+    SPELLINGS,
+    DenseHeads,
     build_heads,
     dense_loss,
     encoder_features,
+    pool_batch,
     relative_boxes,
     schedule,
     sine_positions,
@@ -73,3 +80,40 @@ def test_every_encoder_learns_a_batch(name):
         optimizer.step()
         first = first or loss.item()
     assert "whole" in losses and loss.item() < 0.8 * first
+
+
+def test_spellings_are_the_texts():
+    assert len(SPELLINGS) == 1 + CLASSES["text"] and not SPELLINGS[0].any()
+    for text, letters in zip(TEXTS, SPELLINGS[1:].tolist(), strict=True):
+        assert "".join(LETTERS[k - 1] for k in letters if k) == text
+
+
+def test_a_word_that_the_view_cuts_teaches_letters_alone():
+    heads = DenseHeads(8, 8)
+    labels = torch.zeros(1, 2, len(LABELS), dtype=torch.long)
+    labels[..., LABELS.index("thing")], labels[..., LABELS.index("text")] = 2, 5
+    labels[..., LABELS.index("letter")] = 1
+    boxes = torch.zeros(1, 2, 6)
+    boxes[..., :4] = torch.tensor([0.1, 0.1, 0.9, 0.4])
+    whole = heads.patch_losses(torch.randn(1, 2, 8), labels, boxes)
+    assert whole["text"] > 0 and whole["letters"] > 0
+    boxes[..., 2] = 1.4
+    cut = heads.patch_losses(torch.randn(1, 2, 8), labels, boxes)
+    assert cut["text"] == 0 and cut["letters"] == 0 and cut["letter"] > 0
+
+
+def test_full_crops_are_seen_more_often():
+    labels = np.zeros((64, 5, 36, len(LABELS)), np.int16)
+    labels[:, 3, :, 0] = 1  # one full crop of four
+    labels[:, :, :, 1] = np.arange(5)[None, :, None]  # its number
+    pool = {
+        "squares": np.zeros((64, 192, 192, 3), np.uint8),
+        "labels": labels,
+        "boxes": np.zeros((64, 5, 36, 6), np.float16),
+        "wholes": np.zeros((64, 5, 1), np.int16),
+        "captions": np.zeros((64, 5, 1), np.int16),
+    }
+    batch = pool_batch(pool, np.arange(64), np.random.default_rng(0), 96)
+    crops = batch["labels"][64:, 0, 1]
+    assert crops.min() >= 1 and (crops == 3).float().mean() > 0.75
+    assert len(batch["views"]) == 128 and (batch["labels"][:64, 0, 1] == 0).all()

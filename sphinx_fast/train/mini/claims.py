@@ -154,10 +154,10 @@ def encoders(work: Path, out: Path, variant: str, seed: int, size: Size) -> Figu
         model = SphinxForConditionalGeneration(preset("sphinx-mini", vision=tower))
         for name in ENCODERS if variant == "all four" else (variant,):
             getattr(model.model.vision_tower, name).load_state_dict(load_file(work / f"{name}.safetensors"))
-        start_language_model(model)
+        tokenizer = SphinxTokenizer.from_sentencepiece(work / "tokenizer.model")
+        start_language_model(model, tokenizer)
         with new_folder(start) as folder:
             model.save_pretrained(folder)
-            tokenizer = SphinxTokenizer.from_sentencepiece(work / "tokenizer.model")
             SphinxProcessor.from_config(model.config, tokenizer).save_pretrained(folder)
     both = json.dumps([
         {"type": "scenes", "options": {"count": 30000, "start": 100000, "domain": domain, "captions": True}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,23 +13,39 @@ from tqdm import tqdm
 
 from sphinx_fast.data.scene_drawing import COLOURS, DEFECTS, SHAPES
 from sphinx_fast.data.scene_targets import SIZE_NAMES
+from sphinx_fast.data.scenes import TEXTS
 from sphinx_fast.train.mini.encoders import BINS, LABELS, schedule, soft_bins, start_weights
 from sphinx_fast.train.mini.pool import cut_views
+from sphinx_fast.train.pointer import coordinate_ids
 
-WORDS = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZE_NAMES[1:], "defect": DEFECTS}
+WORDS = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZE_NAMES[1:], "defect": DEFECTS, "text": TEXTS}
+
+
+WAVES = 24  # half a period of the fastest is 1 / 24 of the picture
 
 
 @torch.no_grad()
-def start_language_model(model: Any) -> None:
-    """Attention starts by likeness (query = key projection), and the output head reads what the embedding writes."""
+def start_language_model(model: Any, tokenizer: Any) -> None:
+    """Attention starts by likeness (query = key projection), and the output head reads what the embedding writes.
+
+    Coordinates start as points of a smooth curve: otherwise 0.37 and 0.38 are strangers until training has met both.
+    """
     start_weights(model.model.language_model)
     start_weights(model.model.fusion)
     embedding = model.get_input_embeddings().weight
     embedding.normal_(std=1.0)
+    embedding[coordinate_ids(tokenizer)] = smooth_curve(BINS, embedding.shape[1]).to(embedding)
     model.lm_head.weight.copy_(embedding * embedding.shape[1] ** -0.5)
     for layer in model.model.language_model.layers:
         layer.self_attn.q_proj.weight.normal_(std=embedding.shape[1] ** -0.5)
         layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+
+
+def smooth_curve(points: int, channels: int) -> Tensor:
+    """[points, channels] of N(0, 1): random directions times sines and cosines of 1 .. WAVES half periods over [0, 1]."""
+    angles = torch.linspace(0, math.pi, points)[:, None] * torch.arange(1, WAVES + 1)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [points, 2 * WAVES], of length sqrt(WAVES)
+    return waves @ torch.randn(2 * WAVES, channels) / WAVES**0.5
 
 
 def align_fusion(

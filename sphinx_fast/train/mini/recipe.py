@@ -31,7 +31,7 @@ from sphinx_fast.train.mini.encoders import ENCODERS, train_encoder
 from sphinx_fast.train.mini.language import WORDS, align_fusion, start_language_model
 from sphinx_fast.train.mini.pool import draw_pool, load_pool
 from sphinx_fast.train.mini.texts import write_texts
-from sphinx_fast.train.mini.tokenizer import SPACE, pieces_of, write_tokenizer
+from sphinx_fast.train.mini.tokenizer import pieces_of, write_tokenizer
 from sphinx_fast.train.settings import read_settings
 from sphinx_fast.vision import VisionTower
 from sphinx_fast.weights.files import new_folder
@@ -46,7 +46,7 @@ class Recipe:
     """Sizes of a run. Steps are fixed numbers, not minutes, so that a seed means something."""
 
     scenes: int = 24_000  # drawn for the encoders
-    encoder_steps: tuple[int, ...] = (3600, 3200, 1800, 1200)  # in the order of ENCODERS
+    encoder_steps: tuple[int, ...] = (5000, 7500, 3500, 2500)  # in the order of ENCODERS
     encoder_rates: tuple[float, ...] = (8e-4, 1.5e-3, 8e-4, 8e-4)
     encoder_batch: int = 8  # pictures; two views of each
     align_steps: int = 400
@@ -55,7 +55,7 @@ class Recipe:
     texts: int = 6000  # documents
     # settings in place of those in the YAML files
     stage1: tuple[str, ...] = ()
-    synthetic: tuple[str, ...] = ("steps=300", "optimizer.rate=8e-4", "data.0.options.domain=clean")
+    synthetic: tuple[str, ...] = ("steps=200", "optimizer.rate=8e-4", "data.0.options.domain=clean")
     stage2: tuple[str, ...] = ()
     beta: float = 0.5  # of the real domain
     tokenizer_scenes: int = 250
@@ -64,6 +64,11 @@ class Recipe:
     processes: int = 2  # on a CPU, one thread each; 0: everything in this process
 
 
+QUICK = Recipe(
+    scenes=6000, encoder_steps=(600, 900, 300, 200), align_steps=200, texts=600,
+    stage1=("steps=60",), synthetic=("steps=40", "optimizer.rate=8e-4", "data.0.options.domain=clean"),
+    stage2=("steps=350",), evaluated=200,
+)  # fmt: skip
 SMOKE = Recipe(
     scenes=24, encoder_steps=(2, 2, 2, 2), encoder_batch=4, align_steps=2, align_batch=4,
     texts=40, stage1=("steps=2", "pairs=4"), synthetic=("steps=1", "data.0.options.domain=clean"),
@@ -135,11 +140,10 @@ def start_folder(work: Path, recipe: Recipe, seed: int) -> None:
     model = SphinxForConditionalGeneration(config)
     for name in ENCODERS:
         getattr(model.model.vision_tower, name).load_state_dict(load_file(work / f"{name}.safetensors"))
-    start_language_model(model)
+    start_language_model(model, tokenizer)
     pieces = pieces_of(tokenizer)
-    word_ids = {
-        name: torch.tensor([pieces.piece_to_id(SPACE + word) for word in words]) for name, words in WORDS.items()
-    }
+    # a number of two digits by its first
+    word_ids = {name: torch.tensor([pieces.encode(word)[0] for word in words]) for name, words in WORDS.items()}
     align_fusion(
         model, load_pool(work / "pool"), word_ids, steps=recipe.align_steps, batch=recipe.align_batch,
         rate=recipe.align_rate, seed=seed,
@@ -205,11 +209,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("sphinx-mini"), help="the model folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it runs")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="ten minutes: a model that sees a little")
+    size.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it runs")
     parser.add_argument("--all-tasks", action="store_true", help="evaluate every task, not only VQA and boxes")
     options = parser.parse_args(arguments)
     torch.set_num_threads(2)
-    recipe, start = replace(SMOKE if options.smoke else Recipe(), device=options.device), time.monotonic()
+    chosen = SMOKE if options.smoke else QUICK if options.quick else Recipe()
+    recipe, start = replace(chosen, device=options.device), time.monotonic()
     train(options.out, recipe, options.seed)
     minutes = (time.monotonic() - start) / 60
     model = SphinxForConditionalGeneration.from_pretrained(options.out, dtype=torch.float32).eval()
