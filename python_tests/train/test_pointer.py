@@ -116,7 +116,7 @@ def test_it_reaches_queries_and_keys_and_counts_in_the_loss() -> None:
     plain, _, none = learner(row, features, ones)
     loss, _, pointed = learner(row, features, ones, torch.tensor(0.5))
     assert none.shape == (0,) and pointed.shape == (10,)
-    assert (pointed[:4] > 0).all() and not pointed[4:].any(), "without a picture there is nothing to look at"
+    assert (pointed[:5] > 0).all() and not pointed[5:].any(), "without a picture there is nothing to look at"
     assert math.isclose(loss.item(), (plain + 0.5 * pointed.sum()).item(), rel_tol=1e-6)
     (loss - plain).backward()
     attention = model.model.language_model.layers[2].self_attn
