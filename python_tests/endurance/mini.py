@@ -2,8 +2,9 @@
 
     python python_tests/endurance/mini.py [--seed 0] [--out FOLDER]
 
-The whole recipe with few steps; VQA and POPE on held-out scenes must be better than the same model shown a grey picture
-and than the best guess from the question alone, by more than three standard errors of both. The exit status is 1 if not.
+The whole recipe with few steps; VQA and POPE on held-out scenes must be better than the same model shown a grey
+picture and than the best guess from the question alone, by more than three standard errors of both. The exit status is
+1 if not.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Attention that learns to look at what an answer is about.
 
-While a coordinate of a box is being said, and while the words before it begin (`circle` in `, circle[0.10,...]`), two heads
-of the middle layer are asked to put their weight on the patches of the global view that lie in the box; for a point, on its
-patch; for any other answer whose record says what it is about (`Conversation.looks`), on the patches of all those boxes
-while its first token is said. The model is unchanged: training reads the queries and keys it has anyway.
+While a coordinate of a box is being said, and while the words before it begin (`circle` in `, circle[0.10,...]`), two
+heads of the middle layer are asked to put their weight on the patches of the global view that lie in the box; for a
+point, on its patch; for any other answer whose record says what it is about (`Conversation.looks`), on the patches of
+all those boxes while its first token is said. The model is unchanged: training reads the queries and keys it has
+anyway.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def start_language_model(model: Any, tokenizer: Any) -> None:
 
 
 def smooth_curve(points: int, channels: int) -> Tensor:
-    """[points, channels] of N(0, 1): random directions times sines and cosines of 1 .. WAVES half periods over [0, 1]."""
+    """[points, channels] of N(0, 1): random directions times sines and cosines of 1 .. WAVES half periods."""
     angles = torch.linspace(0, math.pi, points)[:, None] * torch.arange(1, WAVES + 1)
     waves = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [points, 2 * WAVES], of length sqrt(WAVES)
     return waves @ torch.randn(2 * WAVES, channels) / WAVES**0.5
