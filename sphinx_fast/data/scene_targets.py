@@ -59,7 +59,7 @@ def dense_targets(
         object       int64 [G, G]  0, or 1 + the index into scene.things
         thing, shape, colour, size, text, defect
                      int64 [G, G]  0, or 1 + the index into THINGS[1:], SHAPES, COLOURS, SIZE_NAMES[1:], TEXTS, DEFECTS
-        letter       int64 [G, G]  0, or 1 + the index into LETTERS of what a text shows above or below the patch's middle
+        letter       int64 [G, G]  0, or 1 + the index into LETTERS of what a text shows in the column of the middle
         joint        int64 [G, G]  0, or 1 + the index into JOINTS of a joint inside the patch
         box          float32 [G, G, 4]  x1, y1, x2, y2 of the owner in the window's frame: [0, 1] inside the window,
                      beyond it where the window cuts the thing; 0 without an owner
