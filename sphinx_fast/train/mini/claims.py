@@ -100,7 +100,7 @@ def _loaded(folder: Path) -> tuple[Any, Any]:
 # --- a run of each claim; all take (work, folder of the run, variant, seed, size) -----------------------------------
 def small_objects(work: Path, out: Path, variant: str, seed: int, size: Size) -> Figures:
     """Stage 2 with the global view alone or with all five; accuracy against the size of what is asked about."""
-    train("stage2", work / "mixed", out, seed, (VIEWS[variant], f"steps={size.steps}"))
+    train("stage2", work / "mixed", out, seed, (VIEWS[variant], "batch=4", f"steps={size.steps}"))
     model, processor = _loaded(out / "model")
     answerer, rows = Answerer(model, processor), {}
     for task in ("refer", "vqa"):
@@ -176,7 +176,7 @@ def _without(variant: str) -> list[str]:
 
 
 RUNS: dict[str, tuple[Callable[..., Figures], tuple[str, ...], Size]] = {  # claim: run, variants, size
-    "views": (small_objects, tuple(VIEWS), Size(350, 500)),
+    "views": (small_objects, tuple(VIEWS), Size(300, 400)),
     "text": (joint_text, ("with text", "captions alone"), Size(200, 0)),
     "mixing": (mixing, ("both",), Size(250, 256)),
     "encoders": (encoders, ("all four", "clip", "convnext", "dinov2"), Size(300, 256)),
