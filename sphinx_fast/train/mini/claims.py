@@ -177,8 +177,8 @@ def _without(variant: str) -> list[str]:
 
 RUNS: dict[str, tuple[Callable[..., Figures], tuple[str, ...], Size]] = {  # claim: run, variants, size
     "views": (small_objects, tuple(VIEWS), Size(300, 400)),
-    "text": (joint_text, ("with text", "captions alone"), Size(200, 0)),
-    "mixing": (mixing, ("both",), Size(250, 256)),
+    "text": (joint_text, ("with text", "captions alone"), Size(150, 0)),
+    "mixing": (mixing, ("both",), Size(200, 256)),
     "encoders": (encoders, ("all four", "clip", "convnext", "dinov2"), Size(300, 256)),
 }
 
