@@ -40,9 +40,10 @@ def seeds(*values):
 
 def test_the_report_has_means_spreads_and_the_least(tmp_path):
     rows = [{"low": 0.1, "high": 0.2, "n": 50, "value": value, "error": 0.1} for value in (0.2, 0.4)]
+    large = {"low": 0.2, "high": 0.3, "n": 150, "value": 0.9, "error": 0.1}
     found = {
         "views": {
-            name: seeds(*({"refer": [row], "vqa": [row]} for row in rows)) for name in ("one view", "five views")
+            name: seeds(*({"refer": [row, large], "vqa": [row]} for row in rows)) for name in ("one view", "five views")
         },
         "text": {
             name: seeds({"text": [1.0] * 40, "caption": [2.0] * 40}, {"text": [3.0] * 40, "caption": [2.0] * 40})
@@ -58,6 +59,7 @@ def test_the_report_has_means_spreads_and_the_least(tmp_path):
     claims_report.write_report(found, tmp_path, about, (0.0, 0.5, 1.0))
     page = (tmp_path / "results.md").read_text()
     assert "| 0.1 to 0.2 | 50 | 0.300 ± 0.141 | 0.300 ± 0.141 |" in page
+    assert "| all | 200 | 0.750 ± 0.035 | 0.750 ± 0.035 |" in page and "| all | 50 | 0.300 ± 0.141 |" in page
     assert "| with text | 2.000 ± 1.414 | 2.000 ± 1.414 | 2.000 ± 0.000 |" in page
     assert "synthetic (clean) 0.5, real (textured) 0, mean 0.5" in page
     assert "| clip | 2.000 | 2.500 |" in page and "1 to 2 seeds" in page

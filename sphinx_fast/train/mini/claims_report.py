@@ -39,6 +39,11 @@ def _over_seeds(seeds: Seeds, value: Callable[[Any], float]) -> list[float]:
     return [value(seeds[seed]) for seed in sorted(seeds)]
 
 
+def _pooled(bins: Sequence[Mapping[str, float]]) -> float:
+    """The value over all questions from those of the bins."""
+    return sum(row["n"] * row["value"] for row in bins) / sum(row["n"] for row in bins)
+
+
 def views(variants: Variants, plot: Callable[..., str]) -> str:
     """Accuracy against the size of the thing."""
     text = (
@@ -55,6 +60,8 @@ def views(variants: Variants, plot: Callable[..., str]) -> str:
                 cells.append(spread(values))
                 lines.setdefault(name, []).append((low, mean(values)))
             rows.append([f"{low:g} to {high:g}", str(n), *cells])
+        whole = [[_pooled(seeds[seed][task]) for seed in sorted(seeds)] for seeds in variants.values()]
+        rows.append(["all", str(sum(n for _, _, n in bins)), *map(spread, whole)])
         text += f"\n{title}:\n\n{table(['size', 'questions', *variants], rows)}"
         text += plot(f"views-{task}", title, lines, along="size of the thing", up="right")
     return text
