@@ -1,5 +1,5 @@
-"""Draws the example pictures and writes questions.json beside them: scenes of the test split, never trained on, and among
-them the first that the embedded model answers rightly. docs/gallery.md has some that were not chosen.
+"""Draws the example pictures and writes questions.json beside them: scenes of the test split, never trained on, and
+among them the first that the embedded model answers rightly. docs/gallery.md has some that were not chosen.
 
     python examples/pictures/draw.py [FOLDER]
 
