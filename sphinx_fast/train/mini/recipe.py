@@ -64,11 +64,6 @@ class Recipe:
     processes: int = 2  # on a CPU, one thread each; 0: everything in this process
 
 
-QUICK = Recipe(
-    scenes=6000, encoder_steps=(600, 900, 300, 200), align_steps=200, texts=600,
-    stage1=("steps=60",), synthetic=("steps=40", "optimizer.rate=8e-4", "data.0.options.domain=clean"),
-    stage2=("steps=350",), evaluated=200,
-)  # fmt: skip
 SMOKE = Recipe(
     scenes=24, encoder_steps=(2, 2, 2, 2), encoder_batch=4, align_steps=2, align_batch=4,
     texts=40, stage1=("steps=2", "pairs=4"), synthetic=("steps=1", "data.0.options.domain=clean"),
@@ -209,14 +204,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("sphinx-mini"), help="the model folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="ten minutes: a model that sees a little")
-    size.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it runs")
     parser.add_argument("--all-tasks", action="store_true", help="evaluate every task, not only VQA and boxes")
     options = parser.parse_args(arguments)
     torch.set_num_threads(2)
-    chosen = SMOKE if options.smoke else QUICK if options.quick else Recipe()
-    recipe, start = replace(chosen, device=options.device), time.monotonic()
+    recipe, start = replace(SMOKE if options.smoke else Recipe(), device=options.device), time.monotonic()
     train(options.out, recipe, options.seed)
     minutes = (time.monotonic() - start) / 60
     model = SphinxForConditionalGeneration.from_pretrained(options.out, dtype=torch.float32).eval()
