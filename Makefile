@@ -40,8 +40,9 @@ demo: setup  ## answer questions about example pictures with the embedded model
 test: setup  ## every test that needs no GPU
 	$(PY) -m pytest -q -m "not gpu" -n $(WORKERS)
 
-endurance: setup  ## what training promises about kills, damage and bad rows, tried hundreds of times
+endurance: setup  ## what training promises about kills, damage and bad rows, hundreds of times; a small model from nothing
 	$(PY) python_tests/endurance/training.py
+	$(PY) python_tests/endurance/mini.py
 
 lint: $(VENV)/stamp-dev  ## ruff, mypy, clang-format: nothing is changed
 	$(VENV)/bin/ruff check .

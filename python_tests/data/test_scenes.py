@@ -111,6 +111,16 @@ def test_scale_draws_the_same_layout_larger() -> None:
             assert np.abs(np.array(s.box) - np.array(t.box) / 3).max() <= 3
 
 
+def test_shrink_makes_shapes_smaller() -> None:
+    def sides(shrink: float) -> list[float]:
+        drawn = [scene(seed, kind="shapes", scale=4, shrink=shrink) for seed in range(20)]
+        return [max(o.box[2] - o.box[0], o.box[3] - o.box[1]) / s.side for s in drawn for o in s.objects]
+
+    whole, half = sides(1.0), sides(0.5)
+    assert max(half) < 0.6 * max(whole) and min(half) < 0.6 * min(whole)
+    assert len(half) >= len(whole), "more of them find room"
+
+
 def test_a_textured_scene_is_the_same_at_every_scale() -> None:
     for seed in range(10):
         small, large = (scene(seed, domain="textured", scale=scale) for scale in (1, 2))
@@ -160,7 +170,8 @@ def test_every_attribute_occurs() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"split": "dev"}, {"domain": "oil"}, {"kind": "cats"}, {"seed": -1}, {"scale": 0}, {"scale": 99}]
+    "bad",
+    [{"split": "dev"}, {"domain": "oil"}, {"kind": "cats"}, {"seed": -1}, {"scale": 0}, {"scale": 99}, {"shrink": 0.1}],
 )
 def test_bad_arguments(bad: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 # Why a row is not used. Training counts them by these names and goes on without the row.
 BAD_ROWS = (
@@ -34,6 +34,21 @@ class BadRowError(ValueError):
         return BadRowError, (self.kind, str(self))
 
 
+class Look(NamedTuple):
+    """What one must look at to say a part of an answer.
+
+    start, stop  the answer's characters
+    boxes        in the padded square, (x1, y1, x2, y2) in [0, 1]
+    quote        characters of the question that the part repeats, or that decide it (the option whose letter it is);
+                 the k-th token of the one belongs to the k-th of the other
+    """
+
+    start: int
+    stop: int
+    boxes: tuple[tuple[float, ...], ...] = ()
+    quote: tuple[int, int] | None = None
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Questions and answers about a picture.
@@ -42,15 +57,14 @@ class Conversation:
     picture  path of the file, the file's bytes, or None: text only
     name     where it came from, for messages: "train.jsonl:17"
     weights  of the answers in the loss, 0 for one that is not trained; empty: all 1
-    looks    per turn the boxes in the padded square, (x1, y1, x2, y2) in [0, 1], that one must look at to answer;
-             empty: not known. Training with a pointer uses them, for answers that say no coordinates.
+    looks    per turn what its answer is about; empty: not known. Training with a pointer uses them.
     """
 
     turns: tuple[tuple[str, str], ...]
     picture: Path | bytes | None = None
     name: str = ""
     weights: tuple[float, ...] = ()
-    looks: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    looks: tuple[tuple[Look, ...], ...] = ()
 
     def as_json(self, root: Path | None = None) -> dict[str, Any]:
         """LLaVA's row, which the released training code reads too; the picture's path relative to `root`.

@@ -28,7 +28,9 @@ def other_forms(s: Scene, short: list[Question], rng: Random) -> Iterator[Questi
     for q, text in bare:
         if q.task == "read":
             seen = q.answer if rng.random() < 0.7 else rng.choice(TEXTS)  # a reader of words may err
-            yield replace(q, task="ocr_vqa", prompt=prompts.ocr_vqa(text, seen))
+            prompt = prompts.ocr_vqa(text, seen)
+            quote = _place(prompt, f": {seen}", seen) if seen == q.answer else None
+            yield replace(q, task="ocr_vqa", prompt=prompt, quote=quote)
     if len(s.things) == 1 or s.kind == "defect":
         yield _class(s)
     if groups(s):
@@ -41,7 +43,14 @@ def _lettered(q: Question, text: str, task: str, rng: Random) -> Question:
     shown = [q.answer, *rng.sample([v for v in values if v != q.answer], OPTIONS - 1)]
     rng.shuffle(shown)
     letter = "ABCD"[shown.index(q.answer)]
-    return replace(q, task=task, prompt=prompts.PROMPTS[task](text, prompts.lettered(shown)), answer=letter)
+    prompt = prompts.PROMPTS[task](text, prompts.lettered(shown))
+    return replace(q, task=task, prompt=prompt, answer=letter, quote=_place(prompt, f"{letter}. {q.answer}", q.answer))
+
+
+def _place(prompt: str, context: str, word: str) -> tuple[int, int]:
+    """Where in a prompt the word stands that ends this context."""
+    stop = prompt.index(context) + len(context)
+    return stop - len(word), stop
 
 
 def _perhaps_unanswerable(s: Scene, q: Question, text: str, rng: Random) -> Question:

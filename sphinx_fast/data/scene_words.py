@@ -23,6 +23,7 @@ class Question:
             asked for; empty where the scene has no such thing. `names`: theirs, in the same order; of a vqa question
             about none, the name that was asked for
     points  for key_points: (joint, x, y) in the padded square
+    quote   characters of the prompt that the answer repeats, or that decide it: the right option
     """
 
     task: str
@@ -32,6 +33,7 @@ class Question:
     boxes: tuple[SquareBox, ...] = ()
     names: tuple[str, ...] = ()
     points: tuple[tuple[str, float, float], ...] = ()
+    quote: tuple[int, int] | None = None
 
 
 @lru_cache(maxsize=1024)

@@ -204,7 +204,7 @@ def _attributes(n: int, rng: Random, unseen: bool) -> list[tuple[str, str]]:
     return [(s, colours[(colours.index(c) + 1) % 8] if (s, c) in HELD_OUT else c) for s, c in pairs]
 
 
-def _draw_shapes(canvas: _Canvas, n: int, rng: Random) -> list[SceneObject]:
+def _draw_shapes(canvas: _Canvas, n: int, rng: Random, shrink: float) -> list[SceneObject]:
     """Up to n shapes; one that finds no room as large is tried as small, then left out."""
     longer, scale = max(canvas.width, canvas.height), canvas.scale
     objects = []
@@ -212,7 +212,7 @@ def _draw_shapes(canvas: _Canvas, n: int, rng: Random) -> list[SceneObject]:
         first = "large" if rng.random() < (0.6 if n <= 3 else 0.35) else "small"
         turn, ink = rng.uniform(-0.16, 0.16), _colour(colour, rng)
         for size in dict.fromkeys((first, "small")):
-            side = rng.uniform(*SIZES[size]) * longer
+            side = rng.uniform(*SIZES[size]) * longer * shrink
             cell = float(int(side) + 1)
             place = canvas.place(cell, cell)
             if place:
@@ -285,7 +285,15 @@ def _picture_size(rng: Random) -> tuple[int, int]:
     return (longer, shorter) if rng.random() < 0.5 else (shorter, longer)
 
 
-def scene(seed: int, *, split: str = "train", kind: str | None = None, scale: int = 1, domain: str = "clean") -> Scene:
+def scene(
+    seed: int,
+    *,
+    split: str = "train",
+    kind: str | None = None,
+    scale: int = 1,
+    domain: str = "clean",
+    shrink: float = 1.0,
+) -> Scene:
     """Draw the scene of a seed.
 
     split   "train", "validation" or "test": streams that share no seed; "unseen": another, whose scenes with shapes
@@ -293,6 +301,7 @@ def scene(seed: int, *, split: str = "train", kind: str | None = None, scale: in
     kind    "shapes", "text", "people" or "defect"; None draws one by the frequencies of KINDS
     scale   1 gives about 144..224 pixels a side; 2 and more draw the same layout larger
     domain  "clean" or "textured"
+    shrink  sides of shapes are this much of what SIZES says, at least a quarter of it
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -302,6 +311,8 @@ def scene(seed: int, *, split: str = "train", kind: str | None = None, scale: in
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if seed < 0 or not 1 <= scale <= 16:
         raise ValueError(f"seed must be >= 0 and scale within 1..16, got seed={seed}, scale={scale}")
+    if not 0.25 <= shrink <= 1.0:
+        raise ValueError(f"shrink must be within 0.25..1, got {shrink}")
     state = np.random.SeedSequence((SPLITS[split], seed, *DOMAINS[domain])).generate_state(4)
     rng = Random(int.from_bytes(state.tobytes(), "little"))
     drawn_kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
@@ -319,7 +330,7 @@ def scene(seed: int, *, split: str = "train", kind: str | None = None, scale: in
     # the hardest to place first; ids are put into the order of `things` afterwards
     drawn_people = _draw_people(canvas, people, rng)
     drawn_texts = _draw_texts(canvas, texts, rng)
-    drawn_shapes = _draw_shapes(canvas, shapes, rng)
+    drawn_shapes = _draw_shapes(canvas, shapes, rng, shrink)
     defect = _draw_defect(canvas, rng) if kind == "defect" else None
     counts = (len(drawn_people), len(drawn_texts), len(drawn_shapes), int(defect is not None))
     picture, ids = np.array(canvas.picture), np.asarray(canvas.ids)  # torch wants a picture it could write to

@@ -18,7 +18,7 @@ from sphinx_fast.image.decode import PictureError, load_picture
 from sphinx_fast.train.order import Mixture, mixed, permuted
 from sphinx_fast.train.packing import Row, make_row, pack
 from sphinx_fast.train.pieces import Piece, text_pieces
-from sphinx_fast.train.pointer import BoxFinder
+from sphinx_fast.train.pointer import BoxFinder, quotes_of
 from sphinx_fast.train.text import TokenFile
 
 MakePiece = Callable[[Conversation, int], Piece]
@@ -129,7 +129,8 @@ class Steps(Dataset[Batch]):
             return None
         row = make_row(kept, torch.cat(views) if views else None)
         if self.finder is not None:
-            row.pointers, row.pointed = self.finder(row, kept)
+            row.pointers, row.pointed, row.anywhere = self.finder(row, kept)
+            row.quotes = quotes_of(kept)
         return row
 
     def _views(self, piece: Piece, step: int) -> Tensor:

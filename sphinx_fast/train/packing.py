@@ -28,8 +28,9 @@ class Row:
     """T tokens of one or more pieces, a batch of one for the language model.
 
     input_ids, targets, weights, kinds, positions [T]; `lengths`: per piece its trunk and branches; `pixel_values`
-    [views, 3, s, s] of the pictures in order, or None; `names` of the pieces. `pointers` [K], `pointed` [K, N, 4]: what
-    an answer is about at these positions, at most N boxes, the others nan (train/pointer.py).
+    [views, 3, s, s] of the pictures in order, or None; `names` of the pieces. What is looked at (train/pointer.py): at
+    `pointers` [K] the boxes `pointed` [K, N, 4], at most N, the others nan, where `anywhere` [K] says so in any view;
+    `quotes` [Q, 2]: at one position another.
     """
 
     input_ids: Tensor
@@ -42,6 +43,8 @@ class Row:
     pixel_values: Tensor | None = None
     pointers: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     pointed: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 4))
+    anywhere: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    quotes: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.long))
 
     def to(self, device: torch.device) -> Row:
         """The same row with its tensors on a device."""
@@ -52,6 +55,11 @@ class Row:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def looked(self) -> int:
+        """How many positions are told what to look at."""
+        return len(self.pointers) + len(self.quotes)
 
 
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:

@@ -9,14 +9,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sphinx_fast.data.record import BadRowError, Conversation
+from sphinx_fast.data.record import BadRowError, Conversation, Look
 from sphinx_fast.model.conversation import STOP, SYSTEM, conversation_prompt
 
 IGNORED = -100
+
+Boxes = tuple[tuple[float, ...], ...]
+Asked = tuple[tuple[str, str], Sequence[Look]]  # a question and its answer, what the answer is about
+
+
+class Turn(NamedTuple):
+    """A turn in the tokens of its conversation: its answer with the stop text, and what must be looked at for tokens of
+    it: boxes, or a token of the question."""
+
+    answer: range
+    looks: list[tuple[int, Boxes]]
+    quotes: list[tuple[int, int]]
 
 
 @dataclass
@@ -26,7 +38,8 @@ class Piece:
     ids        [n]
     targets    [n]: what is to be predicted at this position, IGNORED where nothing is
     weights    [n]: of the targets in the loss
-    looks      (position that predicts an answer's first token, the boxes that the answer is about)
+    looks      (position that predicts a token of an answer, the boxes it is about)
+    quotes     (position that predicts a token of an answer, position of the token of the question that decides it)
     lengths    tokens of the trunk, then of each branch; (n,): no branches
     picture    what stands at the placeholders, or None
     kind       which mean of the loss its targets belong to
@@ -40,7 +53,8 @@ class Piece:
     picture: Path | bytes | None = None
     kind: int = 0
     name: str = ""
-    looks: list[tuple[int, tuple[tuple[float, ...], ...]]] = field(default_factory=list)
+    looks: list[tuple[int, Boxes]] = field(default_factory=list)
+    quotes: list[tuple[int, int]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -99,40 +113,43 @@ class PieceMaker:
         if self.independent_turns and len(record.turns) > 1:
             return self._branches(record, kind)
         head = self._head(record)
-        ((ids, answers),) = self._told([record.turns])
-        whole = [answer for answer in answers if len(head) + answer.stop <= self.max_length]
+        ((ids, turns),) = self._told([_turns(record)])
+        whole = [turn for turn in turns if len(head) + turn.answer.stop <= self.max_length]
         if not whole:
             raise BadRowError(
                 "too long",
-                f"{record.name}: its first answer ends at position {len(head) + answers[0].stop:,}, "
+                f"{record.name}: its first answer ends at position {len(head) + turns[0].answer.stop:,}, "
                 f"{self.max_length:,} allowed ({len(head):,} are before the text); raise max_length",
             )
-        ids = ids[: whole[-1].stop]
-        labelled = np.concatenate([np.arange(a.start, a.stop) for a in whole]) + len(head)
-        weights = self._weights(record, whole)
+        answers = [turn.answer for turn in whole]
+        ids = ids[: answers[-1].stop]
+        labelled = np.concatenate([np.arange(a.start, a.stop) for a in answers]) + len(head)
+        weights = self._weights(record, answers)
         piece = self._piece([*head, *ids], labelled, (len(head) + len(ids),), record, kind, weights)
-        firsts = [len(head) + answer.start for answer in whole]
-        piece.looks = [(first - 1, boxes) for first, boxes in zip(firsts, record.looks, strict=False) if boxes]
+        piece.looks = [(len(head) + at - 1, boxes) for turn in whole for at, boxes in turn.looks]
+        piece.quotes = [(len(head) + at - 1, len(head) + quoted) for turn in whole for at, quoted in turn.quotes]
         return piece
 
     def _branches(self, record: Conversation, kind: int) -> Piece:
         """Each turn as a conversation of its own; what all of them begin with is the trunk."""
         head = self._head(record)
-        rows = self._told([[turn] for turn in record.turns])
-        shared = min(answers[0].start for _, answers in rows) - 1  # what predicts an answer's first token is its own
+        rows = self._told([[turn] for turn in _turns(record)])
+        shared = min(turns[0].answer.start for _, turns in rows) - 1  # what predicts an answer's first token is its own
         first = rows[0][0]
         for ids, _ in rows[1:]:
             same = next((k for k, (a, b) in enumerate(zip(first, ids, strict=False)) if a != b), len(ids))
             shared = min(shared, same)
-        tokens, lengths, labelled, weights, looks = [*head, *first[:shared]], [len(head) + shared], [], [], []
-        for number, (ids, (answer,)) in enumerate(rows):
+        tokens, lengths, labelled, weights = [*head, *first[:shared]], [len(head) + shared], [], []
+        looks, quotes = [], []
+        for number, (ids, (turn,)) in enumerate(rows):
+            answer = turn.answer
             own = ids[shared : answer.stop]
             if len(tokens) + len(own) > self.max_length:
                 continue
             start = len(tokens) - shared
             labelled.append(np.arange(start + answer.start, start + answer.stop))
-            if record.looks and record.looks[number]:
-                looks.append((start + answer.start - 1, record.looks[number]))
+            looks += [(start + at - 1, boxes) for at, boxes in turn.looks]
+            quotes += [(start + at - 1, (len(head) if q < shared else start) + q) for at, q in turn.quotes]
             weights.append(np.full(len(answer), self._weight(record, number), np.float32))
             tokens += own
             lengths.append(len(own))
@@ -141,23 +158,24 @@ class PieceMaker:
                 "too long", f"{record.name}: no turn fits {self.max_length:,} positions; raise max_length"
             )
         piece = self._piece(tokens, np.concatenate(labelled), tuple(lengths), record, kind, np.concatenate(weights))
-        piece.looks = looks
+        piece.looks, piece.quotes = looks, quotes
         return piece
 
-    def _told(self, conversations: Sequence[Sequence[tuple[str, str]]]) -> list[tuple[list[int], list[range]]]:
-        """Of each conversation the token ids without BOS, and which of them each answer with its stop text is."""
+    def _told(self, conversations: Sequence[Sequence[Asked]]) -> list[tuple[list[int], list[Turn]]]:
+        """Of each conversation the token ids without BOS, and where in them its turns are."""
         texts, spans = [], []
         for turns in conversations:
             text, marks = "", []
-            for number, (question, answer) in enumerate(turns):
-                text += conversation_prompt([(question, None)], system=SYSTEM if number == 0 else "")
-                marks.append((len(text), len(text) + len(f" {answer}{STOP}")))
+            for number, ((question, answer), looks) in enumerate(turns):
+                prompt = conversation_prompt([(question, None)], system=SYSTEM if number == 0 else "")
+                asked = len(text) + prompt.rfind(question)
+                text += prompt
+                marks.append((asked, len(text), len(text) + len(f" {answer}{STOP}"), looks))
                 text += f" {answer}\n"
             texts.append(text + STOP[1:])
             spans.append(marks)
-        # A token belongs to an answer if its last character does: the blank before the answer goes with it.
         return [
-            (ids, [range(*np.searchsorted(ends, span, side="right")) for span in marks])
+            (ids, [_turn(ends, *mark) for mark in marks])
             for (ids, ends), marks in zip(self._encode(texts), spans, strict=True)
         ]
 
@@ -190,6 +208,30 @@ class PieceMaker:
         given[labelled - 1] = 1.0 if weights is None else weights
         targets[given == 0] = IGNORED
         return Piece(array, targets, given, lengths, record.picture, kind, record.name)
+
+
+def _turns(record: Conversation) -> list[Asked]:
+    looks = record.looks or ((),) * len(record.turns)
+    return list(zip(record.turns, looks, strict=True))
+
+
+def _turn(ends: np.ndarray, asked: int, start: int, stop: int, looks: Sequence[Look]) -> Turn:
+    """A turn whose question begins at a character and whose answer, from the blank before it, is start .. stop."""
+
+    def tokens(first: int, last: int) -> range:
+        """Those with characters in first .. last."""
+        return range(np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last, side="left") + 1)
+
+    # A token belongs to an answer if its last character does: the blank before the answer goes with it.
+    turn = Turn(range(*np.searchsorted(ends, (start, stop), side="right")), [], [])
+    for look in looks:
+        part = tokens(start + 1 + look.start, start + 1 + look.stop)
+        if look.boxes:
+            first = turn.answer.start if look.start == 0 else part.start
+            turn.looks.extend((at, look.boxes) for at in range(first, part.stop))
+        if look.quote:
+            turn.quotes.extend(zip(part, tokens(asked + look.quote[0], asked + look.quote[1]), strict=False))
+    return turn
 
 
 def text_pieces(tokens: np.ndarray, tokenizer: Any, kind: int, name: str) -> list[Piece]:

@@ -215,7 +215,7 @@ class Training:
         for row in batch.rows:
             asked = row.targets != IGNORED
             message[:kinds].index_add_(0, row.kinds[asked], row.weights[asked].double())
-            message[kinds - 1] += len(row.pointers)  # none, but where they are the last kind
+            message[kinds - 1] += row.looked  # none, but where they are the last kind
         message[kinds:] = torch.tensor([batch.read, *(batch.bad[kind] for kind in BAD_ROWS)])
         message = self.machine.summed(message.to(self.machine.device)).cpu()
         self.read += int(message[kinds])

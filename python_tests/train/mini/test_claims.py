@@ -43,7 +43,8 @@ def test_the_report_has_means_spreads_and_the_least(tmp_path):
     large = {"low": 0.2, "high": 0.3, "n": 150, "value": 0.9, "error": 0.1}
     found = {
         "views": {
-            name: seeds(*({"refer": [row, large], "vqa": [row]} for row in rows)) for name in ("one view", "five views")
+            name: seeds(*({"colour": [row, large], "shape": [row]} for row in rows))
+            for name in ("one view", "five views")
         },
         "text": {
             name: seeds({"text": [1.0] * 40, "caption": [2.0] * 40}, {"text": [3.0] * 40, "caption": [2.0] * 40})

@@ -2,12 +2,15 @@
 
 import json
 
+import pytest
 import torch
 
 from sphinx_fast import Sphinx
 from sphinx_fast.infer import EMBEDDED_MODEL
 from sphinx_fast.model import SphinxForConditionalGeneration
 from sphinx_fast.train.mini import recipe as mini
+from sphinx_fast.train.settings import read_settings
+from sphinx_fast.train.streams import open_sources
 
 
 def test_smoke_run_gives_a_model_that_answers(smoke):
@@ -25,6 +28,21 @@ def test_steps_are_skipped_when_their_result_is_there(smoke, monkeypatch):
     mini.train(smoke, mini.SMOKE, seed=0)
     after = SphinxForConditionalGeneration.from_pretrained(smoke).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("recipe", [mini.Recipe(), mini.QUICK, mini.SMOKE])
+def test_changes_of_a_recipe_are_settings_that_exist(recipe, tmp_path):
+    """And data that opens: a wrong name would end a run after half an hour."""
+    text = tmp_path / "texts.txt"
+    text.write_text("a\n")
+    first = ("model=m", "out=o", f"text=[{text}]", *recipe.stage1)
+    for stage, path, changes in (
+        ("stage1", mini.STAGE1, first),
+        ("stage1", mini.STAGE1, (*first, *recipe.synthetic)),
+        ("stage2", mini.STAGE2, ("model=m", "out=o", *recipe.stage2)),
+    ):
+        for source, _ in open_sources(read_settings(stage, path, changes).data):
+            assert source[0].turns
 
 
 def test_embedded_model_is_small_and_bf16():

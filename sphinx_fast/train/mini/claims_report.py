@@ -48,9 +48,10 @@ def views(variants: Variants, plot: Callable[..., str]) -> str:
     """Accuracy against the size of the thing."""
     text = (
         "## Sub-images help small objects\n\nThe same steps of stage 2 with the global view alone, and with four crops"
-        " beside it. The size is the longer side of the thing over that of the square; a view has 6 x 6 patches.\n"
+        " beside it, on shapes half as large as those the encoders were taught. The size is the longer side of the"
+        " thing over that of the square; a view has 6 x 6 patches and 96 pixels a side.\n"
     )
-    for task, title in (("refer", "referring boxes, IoU 0.5"), ("vqa", "colour and shape questions, accuracy")):
+    for task, title in (("colour", "questions for a colour, accuracy"), ("shape", "questions for a shape, accuracy")):
         bins = [(row["low"], row["high"], row["n"]) for row in next(iter(next(iter(variants.values())).values()))[task]]
         rows, lines = [], dict[str, list[tuple[float, float]]]()
         for k, (low, high, n) in enumerate(bins):

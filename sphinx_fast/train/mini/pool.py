@@ -13,6 +13,7 @@ Every other scene is a textured one.
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -102,12 +103,14 @@ def _tokens(tokenizer: SentencePieceProcessor, text: str) -> np.ndarray:
     return row
 
 
-def _draw(first: int, count: int, picture_size: int, grid: int, tokenizer: Path) -> tuple[np.ndarray, ...]:
+def _draw(
+    first: int, count: int, picture_size: int, grid: int, tokenizer: Path, kinds: Mapping[str, float]
+) -> tuple[np.ndarray, ...]:
     """The five arrays of `count` scenes from seed `first`."""
     squares, labels, boxes, wholes, captions = [], [], [], [], []
     words = SentencePieceProcessor(model_file=str(tokenizer))
     for seed in range(first, first + count):
-        kind = Random(seed).choices(list(POOL_KINDS), list(POOL_KINDS.values()))[0]
+        kind = Random(seed).choices(list(kinds), list(kinds.values()))[0]
         drawn = scene(seed, split="train", kind=kind, domain=("clean", "textured")[seed % 2])
         squares.append(ops.canvas(torch.from_numpy(drawn.picture), picture_size).numpy())
         targets = [dense_targets(drawn, grid, window) for window in WINDOWS]
@@ -123,17 +126,23 @@ NAMES = ("squares", "labels", "boxes", "wholes", "captions")
 
 
 def draw_pool(
-    folder: Path, scenes: int, vision: SphinxVisionConfig, tokenizer: Path, first: int = 0, workers: int = 2
+    folder: Path,
+    scenes: int,
+    vision: SphinxVisionConfig,
+    tokenizer: Path,
+    kinds: Mapping[str, float] = POOL_KINDS,
+    workers: int = 2,
 ) -> None:
-    """Write the pool of seeds first .. first + scenes - 1 into `folder`, unless it is there already.
+    """Write the pool of seeds 0 .. scenes - 1 into `folder`, unless it is there already.
 
     tokenizer  SentencePiece's file, for the captions
+    kinds      how often each kind of scene is drawn
     """
     if (folder / f"{NAMES[-1]}.npy").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    starts = range(first, first + scenes, CHUNK)
-    counts = [min(CHUNK, first + scenes - start) for start in starts]
+    starts = range(0, scenes, CHUNK)
+    counts = [min(CHUNK, scenes - start) for start in starts]
     files: list[np.memmap] = []
     at = 0
     with ExitStack() as stack:
@@ -143,7 +152,7 @@ def draw_pool(
         else:
             draw = map
         bar = stack.enter_context(tqdm(total=scenes, desc="draw scenes"))
-        same = ([value] * len(counts) for value in (vision.picture_size, vision.grid_size, tokenizer))
+        same = ([value] * len(counts) for value in (vision.picture_size, vision.grid_size, tokenizer, kinds))
         for arrays in draw(_draw, starts, counts, *same):
             if not files:
                 files = [
