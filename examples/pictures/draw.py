@@ -1,5 +1,5 @@
-"""Draws the example pictures and writes questions.json beside them: scenes of the test split, never trained on, and
-among them the first that the embedded model answers rightly. docs/gallery.md has some that were not chosen.
+"""Draws the example pictures and writes questions.json beside them: scenes of the test split, never trained on,
+chosen among those that the embedded model answers rightly. docs/gallery.md has some that were not chosen.
 
     python examples/pictures/draw.py [FOLDER]
 
@@ -37,7 +37,7 @@ PICTURES = {  # name: seed, and what is asked: (task, words of the question)
             ("region_description", ""),
         ],
     ),
-    "detect": (636, [("detect_all", ""), ("grounded_caption", "")]),
+    "detect": (348, [("detect_all", ""), ("grounded_caption", "")]),
     "person": (159, [("key_points", ""), ("caption", "Provide a one-sentence caption")]),
     "defect": (17, [("defect", "")]),
 }
