@@ -184,7 +184,7 @@ def _without(variant: str) -> list[str]:
 
 
 RUNS: dict[str, tuple[Callable[..., Figures], tuple[str, ...], Size]] = {  # claim: run, variants, size
-    "views": (small_objects, tuple(VIEWS), Size(500, 600)),
+    "views": (small_objects, tuple(VIEWS), Size(400, 600)),
     "text": (joint_text, ("with text", "captions alone"), Size(150, 0)),
     "mixing": (mixing, ("both",), Size(200, 256)),
     "encoders": (encoders, ("all four", "clip", "convnext", "dinov2"), Size(300, 256)),
