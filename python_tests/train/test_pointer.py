@@ -80,7 +80,7 @@ def test_a_part_of_an_answer_looks_at_its_own_thing(independent: bool) -> None:
     a, b = ((0.1, 0.1, 0.2, 0.2),), ((0.5, 0.5, 0.9, 0.9),)
     turns = (("how?", "red circle above blue ring"), ("the number 12?\ntwice", "12"), ("the number 12?\nonce", "12"))
     looks = ((Look(0, 10, a), Look(17, 26, b)), (Look(0, 2, (), (11, 13)),), (Look(0, 2, (), (11, 13)),))
-    record = Conversation(turns[not independent :], Path("p.png"), "row", looks=looks[not independent :])
+    record = Conversation(turns[independent:], Path("p.png"), "row", looks=looks[independent:])
     alone = Conversation(turns[:1], Path("p.png"), "row", looks=looks[:1])
     maker = PieceMaker(PROCESSOR, 2000, independent)
     pieces = [piece(SAID), maker.conversation(record), maker.conversation(alone)]
