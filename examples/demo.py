@@ -33,7 +33,7 @@ def main(folder: str | None = None) -> None:
             path = OUTPUT / f"{picture.stem}-{row['task']}.png"
             draw_answer(Image.open(picture).convert("RGB"), answer).save(path)
             print(f"    drawn     {path}")
-    print("The embedded model is a few million weights, trained for minutes on drawn scenes: see docs/mini.md.")
+    print("The embedded model is a few million weights, trained by two cores on drawn scenes: see docs/mini.md.")
 
 
 if __name__ == "__main__":
