@@ -67,11 +67,11 @@ class Recipe:
 
 # Shapes alone are learned soon, words are not (docs/mini.md): this one answers short questions and reads nothing.
 QUICK = Recipe(
-    scenes=5000, kinds={"shapes": 1.0}, encoder_steps=(700, 1500, 300, 200), align_steps=200, texts=600,
+    scenes=5000, kinds={"shapes": 1.0}, encoder_steps=(700, 2500, 300, 200), align_steps=200, texts=600,
     stage1=("steps=60", "data.0.options.kinds={shapes: 1.0}"),
     synthetic=("steps=40", "optimizer.rate=8e-4", "data.0.options.domain=clean"),
-    stage2=("steps=700", *(f"data.{k}.options.{o}" for k in (0, 1) for o in ("kinds={shapes: 1.0}", "tasks=[vqa]"))),
-    evaluated=600,
+    stage2=("steps=1400", *(f"data.{k}.options.{o}" for k in (0, 1) for o in ("kinds={shapes: 1.0}", "tasks=[vqa]"))),
+    evaluated=2000,
 )  # fmt: skip
 SMOKE = Recipe(
     scenes=24, encoder_steps=(2, 2, 2, 2), encoder_batch=4, align_steps=2, align_batch=4,
